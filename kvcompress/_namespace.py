@@ -1,0 +1,186 @@
+"""The one place that asks "whose array?": namespaces, dtypes, devices, tracing, transfer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, TypeAlias, TypeVar
+
+import array_api_compat as compat
+import array_api_extra as xpx
+import numpy as np
+
+from kvcompress.errors import DTypeError, NamespaceError
+
+Array: TypeAlias = Any
+Namespace: TypeAlias = Any
+
+FLOATING = ("float16", "bfloat16", "float32")
+_ITEMSIZE = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int32": 4}
+
+_T = TypeVar("_T", bound=type)
+_pytrees: list[tuple[type, tuple[str, ...], tuple[str, ...]]] = []
+
+
+def array_namespace(*arrays: Array) -> Namespace:
+    """Return the Array API namespace that all `arrays` share.
+
+    Raises
+    ------
+    NamespaceError
+        If an argument is no array of a supported library, or libraries are mixed.
+    """
+    try:
+        xp = compat.array_namespace(*arrays)
+    except TypeError as error:
+        kinds = ", ".join(f"{type(a).__module__}.{type(a).__qualname__}" for a in arrays)
+        raise NamespaceError(
+            f"expected arrays of one library (NumPy, CuPy, JAX, PyTorch, array-api-strict), "
+            f"got {kinds}"
+        ) from error
+    if compat.is_jax_namespace(xp):
+        register_pytrees()
+    return xp
+
+
+def namespace_of(module: Any) -> Namespace:
+    """Return the Array API namespace behind a library's module (``numpy``, ``torch``, ...)."""
+    try:
+        return array_namespace(module.asarray([0.0]))
+    except (AttributeError, TypeError) as error:
+        raise NamespaceError(
+            f"expected an array library such as numpy, jax.numpy, torch or cupy, got {module!r}"
+        ) from error
+
+
+def library_name(xp: Namespace) -> str:
+    """Name a namespace the way its users do: ``numpy``, ``jax.numpy``, ``torch``, ..."""
+    return str(xp.__name__).removeprefix("array_api_compat.")
+
+
+def device(x: Array) -> Any:
+    """Return the device of `x` (None while JAX traces it)."""
+    return compat.device(x) if is_concrete(x) else None
+
+
+def is_concrete(x: Array) -> bool:
+    """Tell whether the values of `x` can be looked at, i.e. no compiler is tracing it."""
+    if compat.is_jax_array(x):
+        return not isinstance(x, sys.modules["jax"].core.Tracer)
+    if compat.is_torch_array(x):
+        return not sys.modules["torch"].compiler.is_compiling()
+    return True
+
+
+def dtype_name(dtype: Any) -> str:
+    """Name a dtype independently of its library: ``float16``, ``bfloat16``, ``uint8``, ..."""
+    return str(dtype).rpartition(".")[2]
+
+
+def itemsize(name: str) -> int:
+    """Bytes of one element of the dtype called `name`."""
+    return _ITEMSIZE[name]
+
+
+def dtype_of(xp: Namespace, name: str) -> Any:
+    """Return the dtype of `xp` called `name`.
+
+    Raises
+    ------
+    DTypeError
+        If the library has no such dtype.
+    """
+    if name == "bfloat16" and (compat.is_numpy_namespace(xp) or compat.is_cupy_namespace(xp)):
+        return _ml_dtypes_bfloat16()
+    try:
+        return getattr(xp, name)
+    except AttributeError:
+        raise DTypeError(f"{library_name(xp)} has no dtype {name}") from None
+
+
+@cache
+def _ml_dtypes_bfloat16() -> Any:
+    try:
+        import ml_dtypes
+    except ImportError:
+        raise DTypeError("bfloat16 on NumPy needs the package ml_dtypes") from None
+    return np.dtype(ml_dtypes.bfloat16)
+
+
+def astype(x: Array, name: str) -> Array:
+    """Cast `x` to the dtype called `name`; no copy where it has it already."""
+    xp = compat.array_namespace(x)
+    return xp.astype(x, dtype_of(xp, name), copy=False)
+
+
+def scatter(x: Array, index: Array, values: Array) -> Array:
+    """Return `x` with the rows ``x[index] = values``; `index` is 1-D, sorted, without repeats."""
+    xp = compat.array_namespace(x)
+    if index.shape[0] == 0:
+        return x
+    if not compat.is_array_api_strict_namespace(xp):
+        return xpx.at(x, index).set(values)
+    # The standard has no scatter: look every row up among the indices instead.
+    row = xp.arange(x.shape[0], dtype=index.dtype)
+    slot = xp.clip(xp.searchsorted(index, row), max=index.shape[0] - 1)
+    hit = xp.reshape(xp.take(index, slot) == row, (-1, *[1] * (x.ndim - 1)))
+    return xp.where(hit, xp.take(values, slot, axis=0), x)
+
+
+def convert(x: Array, xp: Namespace, device: Any = None) -> Array:
+    """Move `x` to the namespace `xp` and `device`, by DLPack where both sides can."""
+    source = compat.array_namespace(x)
+    if source is not xp:
+        x = _import(x, source, xp)
+    return x if device is None else compat.to_device(x, device)
+
+
+def _import(x: Array, source: Namespace, xp: Namespace) -> Array:
+    dtype_of(xp, dtype_name(x.dtype))
+    if compat.is_numpy_namespace(source):
+        x = np.ascontiguousarray(x)  # negative strides abort PyTorch
+    try:
+        return xp.from_dlpack(x)
+    except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
+        return _from_host(to_host(x), xp)
+
+
+def to_host(x: Array) -> np.ndarray[Any, Any]:
+    """Copy or view `x` as a NumPy array (bfloat16 as that of ml_dtypes)."""
+    if compat.is_torch_array(x):
+        x = x.detach().cpu()
+        if dtype_name(x.dtype) == "bfloat16":
+            torch = sys.modules["torch"]
+            return x.view(torch.int16).numpy().view(_ml_dtypes_bfloat16())  # type: ignore[no-any-return]
+        return x.numpy()  # type: ignore[no-any-return]
+    if compat.is_cupy_array(x):
+        return x.get()  # type: ignore[no-any-return]
+    return np.asarray(x)
+
+
+def _from_host(x: np.ndarray[Any, Any], xp: Namespace) -> Array:
+    if compat.is_torch_namespace(xp):
+        x = np.array(x, copy=True)  # torch rejects read-only memory
+        if dtype_name(x.dtype) == "bfloat16":
+            return xp.asarray(x.view(np.int16)).view(xp.bfloat16)
+    return xp.asarray(x)
+
+
+def pytree(*, data: Sequence[str], meta: Sequence[str]) -> Callable[[_T], _T]:
+    """Mark a frozen dataclass as a JAX pytree, registered once JAX is in use."""
+
+    def mark(cls: _T) -> _T:
+        _pytrees.append((cls, tuple(data), tuple(meta)))
+        return cls
+
+    return mark
+
+
+def register_pytrees() -> None:
+    """Register the marked containers with JAX, if the program has imported it."""
+    if _pytrees and "jax" in sys.modules:
+        tree_util = sys.modules["jax"].tree_util
+        while _pytrees:
+            cls, data, meta = _pytrees.pop()
+            tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)

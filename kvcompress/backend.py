@@ -1,0 +1,138 @@
+"""Who runs an operation: a backend's kernel where there is one, the generic form otherwise.
+
+An operation is a function of `kvcompress.ops`: arrays positional, everything static by keyword. A
+backend is an object with a method of the same name and signature for every operation it speeds up.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Any, Protocol, runtime_checkable
+
+from kvcompress._namespace import Array
+from kvcompress.errors import BackendError, BackendWarning
+
+BUILTIN: Mapping[str, str] = {
+    "cupy": "kvcompress_cupy",
+    "numba": "kvcompress_numba",
+    "torch": "kvcompress_torch",
+}
+"""Import packages of our own backends; each holds an object ``backend``."""
+
+ENTRY_POINTS = "kvcompress.backends"
+"""Entry-point group under which other distributions register theirs."""
+
+ENVIRONMENT = "KVCOMPRESS_BACKEND"
+"""Environment variable that chooses where no argument does."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """What a backend provides, besides one method for every operation it speeds up."""
+
+    name: str
+
+    def available(self) -> bool:
+        """Tell whether the backend can run here (library, driver, device)."""
+
+    def supports(self, op: str, *arrays: Array, **static: Any) -> bool:
+        """Tell whether this call, given its libraries, dtypes and devices, is one for it.
+
+        Called only for operations the backend has a method for; must not look at values.
+        """
+
+
+@dataclass(frozen=True)
+class Ops:
+    """Runs operations on the first backend that takes them.
+
+    Parameters
+    ----------
+    backends : tuple of Backend
+        In the order they are asked; empty for the generic operations alone.
+    """
+
+    backends: tuple[Backend, ...] = ()
+
+    def __call__(self, op: Callable[..., Any], *arrays: Array, **static: Any) -> Any:
+        """Call `op`, or the method of the same name of a backend that supports the call."""
+        name = op.__name__
+        for backend in self.backends:
+            kernel = getattr(backend, name, None)
+            if kernel is not None and backend.supports(name, *arrays, **static):
+                return kernel(*arrays, **static)
+        return op(*arrays, **static)
+
+
+def select(name: str | None = None) -> Ops:
+    """Choose the backends.
+
+    Parameters
+    ----------
+    name : str, optional
+        "auto": every backend available here; "generic": none; a backend's name: that one.
+        None asks the environment variable ``KVCOMPRESS_BACKEND``, then means "auto".
+
+    Raises
+    ------
+    BackendError
+        If the backend asked for is unknown, cannot be loaded, or is not available.
+    """
+    name = name or os.environ.get(ENVIRONMENT) or "auto"
+    if name == "generic":
+        return Ops()
+    if name == "auto":
+        return _automatic()
+    if name not in names():
+        raise BackendError(
+            f"unknown backend {name!r}; known here: auto, generic, {', '.join(names())}"
+        )
+    try:
+        backend = load(name)
+    except Exception as error:
+        raise BackendError(f"backend {name!r} failed to load: {error}") from error
+    if not backend.available():
+        raise BackendError(f"backend {name!r} is installed but not available on this machine")
+    return Ops((backend,))
+
+
+def names() -> tuple[str, ...]:
+    """Names of the backends installed here, our own first."""
+    own = [name for name, module in BUILTIN.items() if find_spec(module)]
+    return tuple(dict.fromkeys(own + [point.name for point in entry_points(group=ENTRY_POINTS)]))
+
+
+def load(name: str) -> Backend:
+    """Import the backend called `name`, one of `names()`."""
+    if name in BUILTIN:
+        backend = importlib.import_module(BUILTIN[name]).backend
+    else:
+        (point, *_) = entry_points(group=ENTRY_POINTS, name=name)
+        backend = point.load()
+    if not isinstance(backend, Backend):
+        raise BackendError(f"{backend!r} is no Backend: it lacks name, available or supports")
+    return backend
+
+
+@cache
+def _automatic() -> Ops:
+    found = []
+    for name in names():
+        try:
+            backend = load(name)
+            if backend.available():
+                found.append(backend)
+        except Exception as error:
+            warnings.warn(
+                f"backend {name!r} failed to load and is left out: {error}",
+                BackendWarning,
+                stacklevel=3,
+            )
+    return Ops(tuple(found))

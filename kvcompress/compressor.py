@@ -1,0 +1,356 @@
+"""`KVCacheCompressor`: validate, set exact tokens aside, delegate to the methods, and join."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from kvcompress._namespace import (
+    FLOATING,
+    Array,
+    array_namespace,
+    device,
+    dtype_name,
+    is_concrete,
+)
+from kvcompress.backend import Ops, select
+from kvcompress.compressed import CompressedKV, CompressedTensor, KVLayout
+from kvcompress.errors import (
+    DTypeError,
+    LayoutError,
+    NamespaceError,
+    NonFiniteError,
+    SettingError,
+    ShapeError,
+)
+from kvcompress.methods.base import Method, Role, TensorSpec, check_integer
+
+LARGEST = 2.0**126
+"""Largest magnitude accepted: differences of two such still fit float32."""
+
+QUANT_BITS = (2, 3, 4, 8)
+
+
+class KVCache(Protocol):
+    """What the compressor asks of a cache of keys and values."""
+
+    def get_kv(self, seq_id: Any, layer: int) -> tuple[Array, Array]:
+        """Keys and values ``[num_heads, seq_len, head_dim]`` of a sequence in a layer."""
+
+    def append(self, seq_id: Any, layer: int, k: Array, v: Array, /) -> None:
+        """Append keys and values ``[num_heads, new tokens, head_dim]``, wholly or not at all."""
+
+
+class LatentCache(Protocol):
+    """What the compressor asks of a cache of latents (multi-head latent attention)."""
+
+    def get_compressed_kv(self, layer: int) -> tuple[Array, Array]:
+        """Latents ``[batch, seq_len, kv_lora_rank]``, RoPE keys ``[batch, seq_len, rope_dim]``."""
+
+    def append_compressed(self, layer: int, latent: Array, rope_key: Array, /) -> None:
+        """Append latents and RoPE keys of new tokens, wholly or not at all."""
+
+
+@dataclass(frozen=True)
+class KVCacheCompressor:
+    """Compresses the keys and values of a transformer, in any library of the Array API family.
+
+    Immutable: may be copied, pickled, hashed, used from several threads and inside ``jax.jit``.
+
+    Parameters
+    ----------
+    method : Method
+        How keys are compressed, and values where `value_method` is None.
+    quant_bits : {2, 3, 4, 8}
+        Bits of a code for methods that do not set their own.
+    value_method : Method, optional
+        How values are compressed.
+    sinks : int
+        First tokens kept exact (attention sinks, Xiao et al. 2023, arXiv 2309.17453).
+    window : int
+        Last tokens kept exact.
+    nonfinite : {"raise", "saturate"}
+        What NaN, infinities and magnitudes above 2**126 become: an error (as far as values can be
+        looked at: not under ``jax.jit``), or zero and the largest magnitude of that sign.
+    backend : str, optional
+        "auto", "generic" or a backend's name; None asks ``KVCOMPRESS_BACKEND``, then is "auto".
+
+    Raises
+    ------
+    SettingError
+        If a setting is out of range.
+    """
+
+    method: Method
+    quant_bits: int = 8
+    value_method: Method | None = None
+    sinks: int = 0
+    window: int = 0
+    nonfinite: Literal["raise", "saturate"] = "raise"
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("method", "value_method"):
+            value = getattr(self, name)
+            if not isinstance(value, Method) and (name, value) != ("value_method", None):
+                raise SettingError(
+                    f"{name} must be a Method such as LowRank(rank=32), got {value!r}"
+                )
+        if self.quant_bits not in QUANT_BITS or isinstance(self.quant_bits, bool):
+            raise SettingError(f"quant_bits must be 2, 3, 4 or 8, got {self.quant_bits!r}")
+        check_integer("sinks", self.sinks, 0)
+        check_integer("window", self.window, 0)
+        if self.nonfinite not in ("raise", "saturate"):
+            raise SettingError(f'nonfinite must be "raise" or "saturate", got {self.nonfinite!r}')
+
+    def compress_kv(self, k: Array, v: Array, /) -> CompressedKV:
+        """Compress keys and values ``[batch, num_heads, seq_len, head_dim]``.
+
+        Parameters
+        ----------
+        k, v : arrays of one library, dtype (float16, bfloat16, float32) and device
+            They agree in all sizes but head_dim. They are not changed.
+
+        Raises
+        ------
+        NamespaceError, ShapeError, DTypeError, NonFiniteError, SettingError
+            Before anything is computed.
+        """
+        return self._compress(k, v, KVLayout.BATCHED, ndim=4)
+
+    def compress_kv_3d(self, k: Array, v: Array, /) -> CompressedKV:
+        """Compress keys and values ``[num_heads, seq_len, head_dim]``; see `compress_kv`."""
+        return self._compress(k, v, KVLayout.UNBATCHED, ndim=3)
+
+    def decompress_kv(self, compressed: CompressedKV, /) -> tuple[Array, Array]:
+        """Restore keys and values ``[batch, num_heads, seq_len, head_dim]``.
+
+        Returns
+        -------
+        k, v : arrays
+            Of the shape, dtype, library and device that were compressed.
+
+        Raises
+        ------
+        LayoutError
+            If something else than a batch was compressed.
+        """
+        return self._decompress(compressed, KVLayout.BATCHED)
+
+    def decompress_kv_3d(self, compressed: CompressedKV, /) -> tuple[Array, Array]:
+        """Restore keys and values ``[num_heads, seq_len, head_dim]``; see `decompress_kv`."""
+        return self._decompress(compressed, KVLayout.UNBATCHED)
+
+    def compress_paged_cache(self, cache: KVCache, seq_id: Any, layer: int = 0) -> CompressedKV:
+        """Compress one sequence of one layer of a paged cache, which is left as it is.
+
+        Returns
+        -------
+        CompressedKV
+            Of layout `KVLayout.UNBATCHED`.
+
+        Raises
+        ------
+        UnknownSequence, UnknownLayer
+            From the cache; and the errors of `compress_kv`.
+        """
+        return self.compress_kv_3d(*cache.get_kv(seq_id, layer))
+
+    def decompress_to_paged_cache(
+        self, compressed: CompressedKV, cache: KVCache, seq_id: Any, layer: int = 0
+    ) -> None:
+        """Restore keys and values and append them to a sequence of a paged cache.
+
+        Raises
+        ------
+        LayoutError
+            If `compressed` does not hold ``[num_heads, seq_len, head_dim]``.
+        UnknownSequence, UnknownLayer, OutOfBlocks
+            From the cache, which then is unchanged.
+        """
+        cache.append(seq_id, layer, *self.decompress_kv_3d(compressed))
+
+    def compress_mla_cache(self, cache: LatentCache, layer: int = 0) -> CompressedKV:
+        """Compress the latents and RoPE keys of one layer, without projecting them up.
+
+        `method` compresses the RoPE keys, `value_method` the latents.
+
+        Returns
+        -------
+        CompressedKV
+            Of layout `KVLayout.LATENT`, RoPE keys as keys and latents as values.
+        """
+        latent, rope_key = cache.get_compressed_kv(layer)
+        return self._compress(rope_key, latent, KVLayout.LATENT, ndim=3)
+
+    def decompress_to_mla_cache(
+        self, compressed: CompressedKV, cache: LatentCache, layer: int = 0
+    ) -> None:
+        """Restore latents and RoPE keys and append them to one layer.
+
+        Raises
+        ------
+        LayoutError
+            If `compressed` does not hold latents.
+        """
+        rope_key, latent = self._decompress(compressed, KVLayout.LATENT)
+        cache.append_compressed(layer, latent, rope_key)
+
+    def estimate_size(
+        self,
+        key_shape: tuple[int, ...],
+        value_shape: tuple[int, ...] | None = None,
+        *,
+        dtype: str = "float16",
+    ) -> int:
+        """Bytes that `CompressedKV.nbytes` will be, from shapes alone.
+
+        Parameters
+        ----------
+        key_shape, value_shape : tuple of int
+            ``(..., seq_len, head_dim)``; the values' are the keys' if left out.
+        dtype : {"float16", "bfloat16", "float32"}
+        """
+        total = 0
+        shapes: tuple[tuple[Role, tuple[int, ...]], ...]
+        shapes = ("keys", key_shape), ("values", value_shape or key_shape)
+        for role, shape in shapes:
+            coded, exact = self._split_spec(shape, dtype)
+            encoded = self._method(role).encoded_spec(coded)
+            total += exact.nbytes + sum(spec.nbytes for spec in encoded.values())
+        return total
+
+    def _compress(self, k: Array, v: Array, layout: KVLayout, *, ndim: int) -> CompressedKV:
+        array_namespace(k, v)
+        _check_shapes(k, v, layout, ndim)
+        dtype = _check_dtypes(k, v)
+        ops = select(self.backend)
+        tensors: dict[Role, Array] = {"keys": k, "values": v}
+        for role, x in tensors.items():
+            # Settings that do not fit the shape raise here, before anything is computed.
+            self._method(role).encoded_spec(self._split_spec(x.shape, dtype)[0])
+        finite = {role: self._finite(x, role) for role, x in tensors.items()}
+        keys, values = (self._encode(x, role, ops) for role, x in finite.items())
+        sinks = min(self.sinks, k.shape[-2])
+        return CompressedKV(keys, values, layout, (tuple(k.shape), tuple(v.shape)), dtype, sinks)
+
+    def _decompress(self, compressed: CompressedKV, layout: KVLayout) -> tuple[Array, Array]:
+        if compressed.layout is not layout:
+            raise LayoutError(
+                f"this holds {compressed.layout.value}, not {layout.value}; "
+                f"use {_DECOMPRESS[compressed.layout]}"
+            )
+        ops = select(self.backend)
+        k, v = (
+            _decode(tensor, shape, compressed.sinks, ops)
+            for tensor, shape in zip(
+                (compressed.keys, compressed.values), compressed.shape, strict=True
+            )
+        )
+        return k, v
+
+    def _encode(self, x: Array, role: Role, ops: Ops) -> CompressedTensor:
+        xp, method = array_namespace(x), self._method(role)
+        coded, exact = self._split_spec(x.shape, dtype_name(x.dtype))
+        x = xp.reshape(x, _fold(x.shape))
+        kept = None
+        if self.sinks or self.window:
+            sinks = min(self.sinks, x.shape[1])
+            window = exact.shape[1] - sinks
+            end = x.shape[1] - window
+            kept = xp.concat([x[:, :sinks, :], x[:, end:, :]], axis=1)
+            x = x[:, sinks:end, :]
+        return CompressedTensor(method.encode(x, role, ops), kept, method, role, coded)
+
+    def _split_spec(self, shape: tuple[int, ...], dtype: str) -> tuple[TensorSpec, TensorSpec]:
+        """Specs of the tokens to encode and of those to keep exact."""
+        heads, tokens, head_dim = _fold(shape)
+        exact = min(tokens, self.sinks + self.window)
+        return (
+            TensorSpec((heads, tokens - exact, head_dim), dtype),
+            TensorSpec((heads, exact, head_dim), dtype),
+        )
+
+    def _method(self, role: Role) -> Method:
+        method = self.value_method if role == "values" and self.value_method else self.method
+        return method.bind(self.quant_bits)
+
+    def _finite(self, x: Array, role: Role) -> Array:
+        xp, dtype = array_namespace(x), dtype_name(x.dtype)
+        limit = min(LARGEST, float(xp.finfo(x.dtype).max)) if dtype == "float16" else LARGEST
+        if self.nonfinite == "saturate":
+            x = xp.where(xp.isnan(x), xp.zeros_like(x), x)
+            return xp.clip(x, -limit, limit)
+        if is_concrete(x):
+            bad = ~(xp.abs(x) <= limit)
+            if bool(xp.any(bad)):
+                raise NonFiniteError(_first(bad, x, role))
+        return x
+
+
+_DECOMPRESS = {
+    KVLayout.BATCHED: "decompress_kv",
+    KVLayout.UNBATCHED: "decompress_kv_3d or decompress_to_paged_cache",
+    KVLayout.LATENT: "decompress_to_mla_cache",
+}
+
+
+def _decode(tensor: CompressedTensor, shape: tuple[int, ...], sinks: int, ops: Ops) -> Array:
+    x = tensor.method.decode(tensor.payload, tensor.spec, tensor.role, ops)
+    xp = array_namespace(x)
+    if tensor.exact is not None:
+        x = xp.concat([tensor.exact[:, :sinks, :], x, tensor.exact[:, sinks:, :]], axis=1)
+    return xp.reshape(x, shape)
+
+
+def _fold(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """``[..., tokens, head_dim]`` as ``[heads, tokens, head_dim]``: batch folded into the heads."""
+    *lead, tokens, head_dim = shape
+    return math.prod(lead), tokens, head_dim
+
+
+def _check_shapes(k: Array, v: Array, layout: KVLayout, ndim: int) -> None:
+    for name, x in (("k", k), ("v", v)):
+        if x.ndim != ndim:
+            hint = {3: "; see compress_kv_3d", 4: "; see compress_kv"}.get(x.ndim, "")
+            raise ShapeError(
+                f"{name} must have {ndim} dimensions {layout.value}, "
+                f"got {x.ndim}: shape {tuple(x.shape)}{hint}"
+            )
+        if x.shape[-1] == 0:
+            raise ShapeError(f"head_dim of {name} must be at least 1, got shape {tuple(x.shape)}")
+    if tuple(k.shape[:-1]) != tuple(v.shape[:-1]):
+        raise ShapeError(
+            f"k and v must agree in all sizes but the last, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+
+
+def _check_dtypes(k: Array, v: Array) -> str:
+    kinds = [dtype_name(x.dtype) for x in (k, v)]
+    for name, kind in zip("kv", kinds, strict=True):
+        if kind not in FLOATING:
+            raise DTypeError(
+                f"{name} must be {', '.join(FLOATING[:-1])} or {FLOATING[-1]}, got {kind}; "
+                "cast it knowingly first"
+            )
+    if kinds[0] != kinds[1]:
+        raise DTypeError(f"k and v must have one dtype, got {kinds[0]} and {kinds[1]}")
+    if device(k) != device(v):
+        raise NamespaceError(f"k and v must be on one device, got {device(k)} and {device(v)}")
+    return kinds[0]
+
+
+def _first(bad: Array, x: Array, role: Role) -> str:
+    """Say where the first bad value is."""
+    xp = array_namespace(x)
+    flat = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.uint8)))
+    where = tuple(int(i) for i in np.unravel_index(flat, x.shape))
+    count = int(xp.sum(xp.astype(bad, xp.int32)))
+    return (
+        f"{role} hold {float(x[where])} at index {list(where)}, and {count - 1} more values that "
+        f'are not finite or exceed {LARGEST:.3g}; nonfinite="saturate" accepts them'
+    )

@@ -1,0 +1,57 @@
+"""Every error kvcompress raises; each is also the builtin a Python user would expect."""
+
+
+class KVCompressError(Exception):
+    """Base of every error raised on purpose by kvcompress."""
+
+    def __str__(self) -> str:
+        # KeyError shows the repr of its argument, which would quote our sentences.
+        return str(self.args[0]) if self.args else ""
+
+
+class ShapeError(KVCompressError, ValueError):
+    """An array has the wrong number of dimensions, or sizes that do not fit together."""
+
+
+class DTypeError(KVCompressError, TypeError):
+    """An array has a dtype that is not float16, bfloat16 or float32, or two dtypes differ."""
+
+
+class NamespaceError(KVCompressError, TypeError):
+    """An argument is no array of a known library, or arrays of two libraries were mixed."""
+
+
+class NonFiniteError(KVCompressError, ValueError):
+    """An array holds NaN, an infinity, or a magnitude no codec can carry."""
+
+
+class SettingError(KVCompressError, ValueError):
+    """A setting (rank, codebook size, bits, ...) is out of range or does not fit the data."""
+
+
+class LayoutError(KVCompressError, ValueError):
+    """A `CompressedKV` was asked for a layout other than the one it was compressed from."""
+
+
+class BackendError(KVCompressError, RuntimeError):
+    """A backend asked for by name is unknown, unavailable, or failed to load."""
+
+
+class BackendWarning(UserWarning):
+    """A backend failed to load in automatic mode; the generic operations are used instead."""
+
+
+class UnknownSequence(KVCompressError, KeyError):
+    """A cache was asked for a sequence it does not hold (never allocated, or freed)."""
+
+
+class UnknownLayer(KVCompressError, IndexError):
+    """A cache was asked for a layer it does not have."""
+
+
+class SequenceExists(KVCompressError, ValueError):
+    """A sequence was allocated under an identifier that is in use."""
+
+
+class OutOfBlocks(KVCompressError, MemoryError):
+    """A paged cache has too few free blocks; the operation changed nothing."""

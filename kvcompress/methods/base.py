@@ -1,0 +1,121 @@
+"""What every compression method is: frozen settings with encode, decode and known sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, TypeAlias
+
+from kvcompress._namespace import Array, itemsize
+from kvcompress.backend import Ops
+from kvcompress.errors import SettingError
+
+Role: TypeAlias = Literal["keys", "values"]
+Payload: TypeAlias = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of an array that need not exist yet.
+
+    Parameters
+    ----------
+    shape : tuple of int
+    dtype : str
+        "float16", "bfloat16", "float32", "uint8" or "int32".
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the elements."""
+        return self.size * itemsize(self.dtype)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A compression method: immutable, hashable settings; a new method is a new subclass.
+
+    A method sees one tensor ``[heads, tokens, head_dim]`` and whether it holds keys or values,
+    never a batch, a cache or a file. It turns the tensor into a payload: named arrays whose shapes
+    follow from the settings and the tensor's shape alone.
+    """
+
+    _registry: ClassVar[dict[str, type[Method]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        Method._registry[cls.__name__] = cls
+
+    @abstractmethod
+    def encoded_spec(self, spec: TensorSpec) -> Mapping[str, TensorSpec]:
+        """Name, shape and dtype of every array of the payload, before anything is encoded.
+
+        Raises
+        ------
+        SettingError
+            If the settings do not fit a tensor of this shape.
+        """
+
+    @abstractmethod
+    def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
+        """Compress ``x [heads, tokens, head_dim]``."""
+
+    @abstractmethod
+    def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
+        """Restore the tensor described by `spec`."""
+
+    def bind(self, quant_bits: int) -> Self:
+        """Fill in the compressor's `quant_bits` where the settings leave them open."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as values that JSON can carry; `from_dict` undoes it."""
+        return {"method": type(self).__name__, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(settings: Mapping[str, Any]) -> Method:
+        """Build the method that `to_dict` described.
+
+        Raises
+        ------
+        SettingError
+            If the method or one of its settings is unknown.
+        """
+        values = dict(settings)
+        name = values.pop("method", None)
+        try:
+            cls = Method._registry[name]
+        except KeyError:
+            known = ", ".join(sorted(Method._registry))
+            raise SettingError(f"unknown method {name!r}; known: {known}") from None
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise SettingError(f"settings of {name} do not fit: {error}") from error
+
+
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise `SettingError` unless `value` is an integer from `low` to `high`."""
+    accepted = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SettingError(f"{name} must be {accepted}, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise SettingError(f"{name} must be {accepted}, got {value}")
+
+
+def check_fraction(name: str, value: Any, *, low_open: bool = False) -> None:
+    """Raise `SettingError` unless `value` is a number from 0 to 1 (0 itself only if allowed)."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    if not ok or (low_open and value == 0):
+        raise SettingError(f"{name} must be in {'(' if low_open else '['}0, 1], got {value!r}")

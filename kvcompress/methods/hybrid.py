@@ -1,0 +1,131 @@
+"""Hybrid compression: principal components, group-quantized, the largest outliers exact."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+from kvcompress._namespace import Array, array_namespace, astype, dtype_name
+from kvcompress.backend import Ops
+from kvcompress.errors import SettingError
+from kvcompress.methods.base import (
+    Method,
+    Payload,
+    Role,
+    TensorSpec,
+    check_fraction,
+    check_integer,
+)
+from kvcompress.methods.low_rank import basis_spec
+from kvcompress.ops.affine import AffineSpec, dequantize, quantize
+from kvcompress.ops.outliers import gather_rows, largest, put_rows
+from kvcompress.ops.pca import Principal, principal_components, reconstruct
+
+
+@dataclass(frozen=True)
+class Hybrid(Method):
+    """Quantize the coefficients of the `rank` principal components of every head.
+
+    Groups run along the tokens of one component, so that each component has steps of its own. The
+    coefficients farthest from zero, in standard deviations of their component, are kept exact and
+    widen no group (dense and sparse, as in KVQuant, Hooper et al. 2024, arXiv 2401.18079).
+
+    Parameters
+    ----------
+    rank : int
+        Components kept, 1 to head_dim.
+    quant_bits : {0, 1, ..., 8}
+        Bits of a coefficient; 0 takes the `quant_bits` of the compressor.
+    group_size : int
+        Tokens in a group.
+    outliers : float
+        Share of the coefficients kept exact, in [0, 1]; each costs its dtype and 32 bits.
+
+    Raises
+    ------
+    SettingError
+        If a setting is out of range.
+    """
+
+    rank: int
+    quant_bits: int = 0
+    group_size: int = 64
+    outliers: float = 0.002
+
+    def __post_init__(self) -> None:
+        check_integer("rank", self.rank, 1)
+        check_integer("quant_bits", self.quant_bits, 0, 8)
+        check_integer("group_size", self.group_size, 2)
+        check_fraction("outliers", self.outliers)
+
+    def bind(self, quant_bits: int) -> Self:
+        return self if self.quant_bits else replace(self, quant_bits=quant_bits)
+
+    def encoded_spec(self, spec: TensorSpec) -> Mapping[str, TensorSpec]:
+        heads, tokens, _ = spec.shape
+        affine, kept = self._affine(spec.dtype), (heads, self._kept(tokens))
+        ends = TensorSpec((heads, *affine.ends_shape(tokens, self.rank)), spec.dtype)
+        return {
+            "codes": TensorSpec((heads, *affine.codes_shape(tokens, self.rank)), "uint8"),
+            "lower": ends,
+            "upper": ends,
+            "outlier_index": TensorSpec(kept, "int32"),
+            "outlier_value": TensorSpec(kept, spec.dtype),
+            **basis_spec(spec, self.rank),
+        }
+
+    def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
+        xp, dtype = array_namespace(x), dtype_name(x.dtype)
+        heads, tokens, _ = x.shape
+        principal, coefficients = principal_components(x, self.rank)
+        index, value = self._outliers(coefficients)
+        if index.shape[1]:
+            flat = xp.reshape(coefficients, (heads, tokens * self.rank))
+            flat = put_rows(flat, index, xp.zeros_like(value))
+            coefficients = xp.reshape(flat, coefficients.shape)
+        codes, lower, upper = ops(quantize, coefficients, spec=self._affine(dtype))
+        return {
+            "codes": codes,
+            "lower": lower,
+            "upper": upper,
+            "outlier_index": index,
+            "outlier_value": astype(value, dtype),
+            **principal._asdict(),
+        }
+
+    def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
+        xp = array_namespace(*payload.values())
+        heads, tokens, _ = spec.shape
+        coefficients = ops(
+            dequantize,
+            payload["codes"],
+            payload["lower"],
+            payload["upper"],
+            spec=self._affine(spec.dtype),
+            channels=self.rank,
+        )
+        flat = xp.reshape(coefficients, (heads, tokens * self.rank))
+        value = astype(payload["outlier_value"], "float32")
+        flat = put_rows(flat, payload["outlier_index"], value)
+        principal = Principal(*(payload[name] for name in Principal._fields))
+        return astype(reconstruct(principal, xp.reshape(flat, coefficients.shape)), spec.dtype)
+
+    def _affine(self, dtype: str) -> AffineSpec:
+        if not self.quant_bits:
+            raise SettingError("quant_bits = 0 stands for the compressor's; use Hybrid through one")
+        return AffineSpec(self.quant_bits, self.group_size, "channel", dtype)
+
+    def _kept(self, tokens: int) -> int:
+        return math.ceil(self.outliers * tokens * self.rank)
+
+    def _outliers(self, coefficients: Array) -> tuple[Array, Array]:
+        """Positions and values of the coefficients to keep, in the heads laid flat."""
+        xp = array_namespace(coefficients)
+        heads, tokens, rank = coefficients.shape
+        flat = (heads, tokens * rank)
+        variance = xp.sum(coefficients * coefficients, axis=-2, keepdims=True)
+        score = xp.abs(coefficients) / xp.sqrt(xp.where(variance > 0, variance, 1.0))
+        index = largest(xp.reshape(score, flat), self._kept(tokens))
+        return index, gather_rows(xp.reshape(coefficients, flat), index)

@@ -1,0 +1,140 @@
+"""Vector quantization: k-means codebooks on head vectors or on sub-vectors of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvcompress._namespace import Array, array_namespace, astype, dtype_name
+from kvcompress.backend import Ops
+from kvcompress.errors import SettingError
+from kvcompress.methods.base import (
+    Method,
+    Payload,
+    Role,
+    TensorSpec,
+    check_fraction,
+    check_integer,
+)
+from kvcompress.ops.kmeans import kmeans, lookup, nearest
+from kvcompress.ops.outliers import gather_rows, largest, put_rows
+from kvcompress.ops.packing import pack, packed_size, unpack
+from kvcompress.ops.pca import center
+
+
+@dataclass(frozen=True)
+class VectorQuantization(Method):
+    """Code every sub-vector by the nearest centroid of a codebook trained on the tensor itself.
+
+    Product quantization (Jegou et al. 2011, doi 10.1109/TPAMI.2010.57): the head vector is cut into
+    ``head_dim / vector_dim`` sub-vectors, each place with a codebook of its own, which the heads
+    share. The tokens it serves worst are kept exact.
+
+    Parameters
+    ----------
+    codebook_size : int
+        Centroids of a codebook, 2 to 65536; a code takes ``ceil(log2(codebook_size))`` bits.
+    vector_dim : int or None
+        Length of a sub-vector, a divisor of head_dim; None: the whole head vector.
+    exact : float
+        Share of the tokens of every head kept exact, in [0, 1].
+    iterations : int
+        Rounds of k-means.
+    seed : int
+        Of the first centroids and the training sample; the same seed gives the same codes.
+
+    Raises
+    ------
+    SettingError
+        If a setting is out of range.
+    """
+
+    codebook_size: int
+    vector_dim: int | None = None
+    exact: float = 0.01
+    iterations: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("codebook_size", self.codebook_size, 2, 2**16)
+        if self.vector_dim is not None:
+            check_integer("vector_dim", self.vector_dim, 1)
+        check_fraction("exact", self.exact)
+        check_integer("iterations", self.iterations, 0)
+        check_integer("seed", self.seed, 0)
+
+    def encoded_spec(self, spec: TensorSpec) -> Mapping[str, TensorSpec]:
+        heads, tokens, head_dim = spec.shape
+        dim = self._dim(head_dim)
+        kept = self._kept(tokens)
+        code_bytes = packed_size(head_dim // dim, self._bits)
+        return {
+            "codes": TensorSpec((heads, tokens, code_bytes), "uint8"),
+            "codebook": TensorSpec((head_dim // dim, self.codebook_size, dim), spec.dtype),
+            "mean": TensorSpec((heads, 1, head_dim), spec.dtype),
+            "scale": TensorSpec((heads, 1, 1), "float32"),
+            "exact_index": TensorSpec((heads, kept), "int32"),
+            "exact_value": TensorSpec((heads, kept, head_dim), spec.dtype),
+        }
+
+    def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
+        xp, dtype = array_namespace(x), dtype_name(x.dtype)
+        heads, tokens, head_dim = x.shape
+        centered, mean, scale = center(x)
+        vectors = _split(centered, self._dim(head_dim))
+        codebook = kmeans(vectors, self.codebook_size, iterations=self.iterations, seed=self.seed)
+        codebook = astype(codebook, dtype)
+        codes = ops(nearest, vectors, astype(codebook, "float32"))
+        error = vectors - ops(lookup, codes, astype(codebook, "float32"))
+        error = xp.reshape(xp.sum(error * error, axis=(0, -1)), (heads, tokens))
+        index = largest(error, self._kept(tokens))
+        codes = xp.permute_dims(xp.reshape(codes, (codes.shape[0], heads, tokens)), (1, 2, 0))
+        return {
+            "codes": pack(codes, self._bits),
+            "codebook": codebook,
+            "mean": mean,
+            "scale": scale,
+            "exact_index": index,
+            "exact_value": gather_rows(x, index),
+        }
+
+    def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
+        xp = array_namespace(*payload.values())
+        heads, tokens, head_dim = spec.shape
+        places = head_dim // self._dim(head_dim)
+        codes = unpack(payload["codes"], self._bits, places)
+        codes = xp.reshape(xp.permute_dims(codes, (2, 0, 1)), (places, heads * tokens))
+        vectors = ops(lookup, codes, astype(payload["codebook"], "float32"))
+        x = _join(vectors, spec.shape) + astype(payload["mean"], "float32")
+        x = astype(x * payload["scale"], spec.dtype)
+        return put_rows(x, payload["exact_index"], payload["exact_value"])
+
+    @property
+    def _bits(self) -> int:
+        return (self.codebook_size - 1).bit_length()
+
+    def _dim(self, head_dim: int) -> int:
+        dim = self.vector_dim or head_dim
+        if head_dim % dim:
+            accepted = ", ".join(str(d) for d in range(1, head_dim + 1) if head_dim % d == 0)
+            raise SettingError(
+                f"vector_dim must divide head_dim = {head_dim} ({accepted}), got {dim}"
+            )
+        return dim
+
+    def _kept(self, tokens: int) -> int:
+        return math.ceil(self.exact * tokens)
+
+
+def _split(x: Array, dim: int) -> Array:
+    """``[heads, tokens, head_dim]`` to sub-vectors ``[places, heads * tokens, dim]``."""
+    xp = array_namespace(x)
+    heads, tokens, head_dim = x.shape
+    x = xp.reshape(x, (heads * tokens, head_dim // dim, dim))
+    return xp.permute_dims(x, (1, 0, 2))
+
+
+def _join(vectors: Array, shape: tuple[int, ...]) -> Array:
+    xp = array_namespace(vectors)
+    return xp.reshape(xp.permute_dims(vectors, (1, 0, 2)), shape)

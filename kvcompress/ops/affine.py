@@ -1,0 +1,134 @@
+"""Affine quantization: groups of values coded as integers between their minimum and maximum.
+
+A group stores its two ends, which are values of the source and so exact in the source's dtype.
+Everything is computed in float32, by the one recipe whose codes agree bit for bit on every library:
+``code = round_half_even((x - lower) * (qmax / (upper - lower)))``, clipped to ``[0, qmax]``.
+Per channel (groups along the tokens) suits keys, per token (groups along the channels) values:
+KIVI, Liu et al. 2024, arXiv 2402.02750, section 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kvcompress._namespace import Array, array_namespace, astype, dtype_name
+from kvcompress.ops.packing import pack, packed_size, unpack
+
+TINY = 2.0**-100
+"""Ranges and ends below this count as zero: compilers differ in how they treat denormals."""
+
+
+@dataclass(frozen=True)
+class AffineSpec:
+    """How `quantize` groups and codes ``[..., tokens, channels]``.
+
+    Parameters
+    ----------
+    bits : int
+        Bits of a code, 1 to 8.
+    group_size : int
+        Values in a group; the last group of a row may be shorter.
+    axis : {"channel", "token"}
+        "channel": a group is `group_size` tokens of one channel; "token": the reverse.
+    ends_dtype : {"float16", "bfloat16", "float32"} or None
+        In what the two ends are stored; None stands for the source's dtype, which is lossless.
+    """
+
+    bits: int
+    group_size: int
+    axis: Literal["channel", "token"]
+    ends_dtype: str | None = None
+
+    def codes_shape(self, tokens: int, channels: int) -> tuple[int, int]:
+        """Shape ``[tokens, bytes]`` of the packed codes."""
+        return tokens, packed_size(channels, self.bits)
+
+    def ends_shape(self, tokens: int, channels: int) -> tuple[int, int]:
+        """Shape of `lower` and of `upper`."""
+        if self.axis == "channel":
+            return -(-tokens // self.group_size), channels
+        return tokens, -(-channels // self.group_size)
+
+
+def quantize(x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
+    """Quantize and pack.
+
+    Parameters
+    ----------
+    x : array ``[..., tokens, channels]``, floating
+        Finite, magnitudes at most 2**126.
+    spec : AffineSpec
+
+    Returns
+    -------
+    codes : array ``[..., *spec.codes_shape(tokens, channels)]``, uint8
+    lower, upper : arrays ``[..., *spec.ends_shape(tokens, channels)]``
+        A value decodes to within half a step of itself, ``(upper - lower) / (2**bits - 1) / 2``,
+        plus what rounding the ends to `spec.ends_dtype` moved them.
+    """
+    xp = array_namespace(x)
+    *_, tokens, channels = x.shape
+    ends_dtype = spec.ends_dtype or dtype_name(x.dtype)
+    axis = -2 if spec.axis == "channel" else -1
+    groups = _group(xp, astype(x, "float32"), spec.group_size, axis)
+    lower = astype(_canonical(xp, xp.min(groups, axis=axis)), ends_dtype)
+    upper = astype(_canonical(xp, xp.max(groups, axis=axis)), ends_dtype)
+    start = xp.expand_dims(astype(lower, "float32"), axis=axis)
+    extent = xp.expand_dims(astype(upper, "float32"), axis=axis) - start
+    qmax = float(2**spec.bits - 1)
+    constant = extent < TINY
+    inverse = xp.where(constant, 0.0, qmax / xp.where(constant, 1.0, extent))
+    groups = (groups - start) * inverse
+    groups = xp.astype(xp.clip(xp.round(groups), 0.0, qmax), xp.uint8)
+    return pack(_ungroup(xp, groups, tokens, channels, axis), spec.bits), lower, upper
+
+
+def dequantize(
+    codes: Array, lower: Array, upper: Array, *, spec: AffineSpec, channels: int
+) -> Array:
+    """Undo `quantize`, up to half a step.
+
+    Returns
+    -------
+    array ``[..., tokens, channels]``, float32
+    """
+    xp = array_namespace(codes, lower, upper)
+    tokens = codes.shape[-2]
+    axis = -2 if spec.axis == "channel" else -1
+    codes = unpack(codes, spec.bits, channels)
+    groups = _group(xp, xp.astype(codes, xp.float32), spec.group_size, axis)
+    start = xp.expand_dims(astype(lower, "float32"), axis=axis)
+    extent = xp.expand_dims(astype(upper, "float32"), axis=axis) - start
+    groups = groups * (extent * (1.0 / (2**spec.bits - 1))) + start
+    return _ungroup(xp, groups, tokens, channels, axis)
+
+
+def _canonical(xp: Any, x: Array) -> Array:
+    """Zero what is tiny, so that denormals and the sign of zero cannot differ by library."""
+    return xp.where(xp.abs(x) < TINY, 0.0, x)
+
+
+def _group(xp: Any, x: Array, size: int, axis: int) -> Array:
+    """``[..., tokens, channels]`` with `axis` cut into ``[groups, size]``.
+
+    A short last group is filled up with its own last value, which moves neither end.
+    """
+    n = x.shape[axis]
+    missing = -n % size
+    if missing:
+        last = x[..., n - 1 :, :] if axis == -2 else x[..., n - 1 :]
+        shape = list(last.shape)
+        shape[axis] = missing
+        x = xp.concat([x, xp.broadcast_to(last, tuple(shape))], axis=axis)
+    *lead, tokens, channels = x.shape
+    if axis == -2:
+        return xp.reshape(x, (*lead, tokens // size, size, channels))
+    return xp.reshape(x, (*lead, tokens, channels // size, size))
+
+
+def _ungroup(xp: Any, groups: Array, tokens: int, channels: int, axis: int) -> Array:
+    *lead, a, b, c = groups.shape
+    if axis == -2:
+        return xp.reshape(groups, (*lead, a * b, c))[..., :tokens, :]
+    return xp.reshape(groups, (*lead, a, b * c))[..., :channels]
