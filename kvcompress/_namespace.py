@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from threading import Lock
 from typing import Any, TypeAlias, TypeVar
 
 import array_api_compat as compat
@@ -21,6 +22,7 @@ _ITEMSIZE = {"uint8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "int32": 4}
 
 _T = TypeVar("_T", bound=type)
 _pytrees: list[tuple[type, tuple[str, ...], tuple[str, ...]]] = []
+_registration = Lock()
 
 
 def array_namespace(*arrays: Array) -> Namespace:
@@ -32,6 +34,8 @@ def array_namespace(*arrays: Array) -> Namespace:
         If an argument is no array of a supported library, or libraries are mixed.
     """
     try:
+        if not all(map(compat.is_array_api_obj, arrays)):
+            raise TypeError  # a Python scalar would pass for an array of any library
         xp = compat.array_namespace(*arrays)
     except TypeError as error:
         kinds = ", ".join(f"{type(a).__module__}.{type(a).__qualname__}" for a in arrays)
@@ -181,6 +185,8 @@ def register_pytrees() -> None:
     """Register the marked containers with JAX, if the program has imported it."""
     if _pytrees and "jax" in sys.modules:
         tree_util = sys.modules["jax"].tree_util
-        while _pytrees:
-            cls, data, meta = _pytrees.pop()
-            tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+        with _registration:
+            while _pytrees:
+                cls, data, meta = _pytrees[-1]
+                tree_util.register_dataclass(cls, data_fields=data, meta_fields=meta)
+                _pytrees.pop()  # last: an empty list tells other threads that all is registered

@@ -99,7 +99,7 @@ class KVCacheCompressor:
                 raise SettingError(
                     f"{name} must be a Method such as LowRank(rank=32), got {value!r}"
                 )
-        if self.quant_bits not in QUANT_BITS or isinstance(self.quant_bits, bool):
+        if type(self.quant_bits) is not int or self.quant_bits not in QUANT_BITS:
             raise SettingError(f"quant_bits must be 2, 3, 4 or 8, got {self.quant_bits!r}")
         check_integer("sinks", self.sinks, 0)
         check_integer("window", self.window, 0)
@@ -214,6 +214,8 @@ class KVCacheCompressor:
             ``(..., seq_len, head_dim)``; the values' are the keys' if left out.
         dtype : {"float16", "bfloat16", "float32"}
         """
+        if dtype not in FLOATING:
+            raise DTypeError(f"dtype must be one of {', '.join(FLOATING)}, got {dtype!r}")
         total = 0
         shapes: tuple[tuple[Role, tuple[int, ...]], ...]
         shapes = ("keys", key_shape), ("values", value_shape or key_shape)

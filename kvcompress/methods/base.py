@@ -96,7 +96,7 @@ class Method(ABC):
         name = values.pop("method", None)
         try:
             cls = Method._registry[name]
-        except KeyError:
+        except (KeyError, TypeError):
             known = ", ".join(sorted(Method._registry))
             raise SettingError(f"unknown method {name!r}; known: {known}") from None
         try:

@@ -41,7 +41,8 @@ class Hybrid(Method):
     group_size : int
         Tokens in a group.
     outliers : float
-        Share of the coefficients kept exact, in [0, 1]; each costs its dtype and 32 bits.
+        Share of the coefficients kept exact, in [0, 1], an insurance against spikes; each costs its
+        dtype and 32 bits.
 
     Raises
     ------
@@ -52,7 +53,7 @@ class Hybrid(Method):
     rank: int
     quant_bits: int = 0
     group_size: int = 64
-    outliers: float = 0.002
+    outliers: float = 0.001
 
     def __post_init__(self) -> None:
         check_integer("rank", self.rank, 1)

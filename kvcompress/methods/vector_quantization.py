@@ -28,13 +28,14 @@ class VectorQuantization(Method):
     """Code every sub-vector by the nearest centroid of a codebook trained on the tensor itself.
 
     Product quantization (Jegou et al. 2011, doi 10.1109/TPAMI.2010.57): the head vector is cut into
-    ``head_dim / vector_dim`` sub-vectors, each place with a codebook of its own, which the heads
-    share. The tokens it serves worst are kept exact.
+    ``head_dim / vector_dim`` sub-vectors. All of them, of all heads, share one codebook: at equal
+    bytes one large codebook serves better than many small ones. The tokens it serves worst are
+    kept exact.
 
     Parameters
     ----------
     codebook_size : int
-        Centroids of a codebook, 2 to 65536; a code takes ``ceil(log2(codebook_size))`` bits.
+        Centroids, 2 to 65536; a code takes ``ceil(log2(codebook_size))`` bits.
     vector_dim : int or None
         Length of a sub-vector, a divisor of head_dim; None: the whole head vector.
     exact : float
@@ -66,12 +67,11 @@ class VectorQuantization(Method):
 
     def encoded_spec(self, spec: TensorSpec) -> Mapping[str, TensorSpec]:
         heads, tokens, head_dim = spec.shape
-        dim = self._dim(head_dim)
-        kept = self._kept(tokens)
+        dim, kept = self._dim(head_dim), self._kept(tokens)
         code_bytes = packed_size(head_dim // dim, self._bits)
         return {
             "codes": TensorSpec((heads, tokens, code_bytes), "uint8"),
-            "codebook": TensorSpec((head_dim // dim, self.codebook_size, dim), spec.dtype),
+            "codebook": TensorSpec((self.codebook_size, dim), spec.dtype),
             "mean": TensorSpec((heads, 1, head_dim), spec.dtype),
             "scale": TensorSpec((heads, 1, 1), "float32"),
             "exact_index": TensorSpec((heads, kept), "int32"),
@@ -82,16 +82,16 @@ class VectorQuantization(Method):
         xp, dtype = array_namespace(x), dtype_name(x.dtype)
         heads, tokens, head_dim = x.shape
         centered, mean, scale = center(x)
-        vectors = _split(centered, self._dim(head_dim))
+        dim = self._dim(head_dim)
+        places = head_dim // dim
+        vectors = xp.reshape(centered, (heads * tokens * places, dim))
         codebook = kmeans(vectors, self.codebook_size, iterations=self.iterations, seed=self.seed)
         codebook = astype(codebook, dtype)
         codes = ops(nearest, vectors, astype(codebook, "float32"))
-        error = vectors - ops(lookup, codes, astype(codebook, "float32"))
-        error = xp.reshape(xp.sum(error * error, axis=(0, -1)), (heads, tokens))
-        index = largest(error, self._kept(tokens))
-        codes = xp.permute_dims(xp.reshape(codes, (codes.shape[0], heads, tokens)), (1, 2, 0))
+        error = xp.reshape(vectors - ops(lookup, codes, astype(codebook, "float32")), x.shape)
+        index = largest(xp.sum(error * error, axis=-1), self._kept(tokens))
         return {
-            "codes": pack(codes, self._bits),
+            "codes": pack(xp.reshape(codes, (heads, tokens, places)), self._bits),
             "codebook": codebook,
             "mean": mean,
             "scale": scale,
@@ -104,9 +104,9 @@ class VectorQuantization(Method):
         heads, tokens, head_dim = spec.shape
         places = head_dim // self._dim(head_dim)
         codes = unpack(payload["codes"], self._bits, places)
-        codes = xp.reshape(xp.permute_dims(codes, (2, 0, 1)), (places, heads * tokens))
+        codes = xp.reshape(codes, (heads * tokens * places,))
         vectors = ops(lookup, codes, astype(payload["codebook"], "float32"))
-        x = _join(vectors, spec.shape) + astype(payload["mean"], "float32")
+        x = xp.reshape(vectors, spec.shape) + astype(payload["mean"], "float32")
         x = astype(x * payload["scale"], spec.dtype)
         return put_rows(x, payload["exact_index"], payload["exact_value"])
 
@@ -125,16 +125,3 @@ class VectorQuantization(Method):
 
     def _kept(self, tokens: int) -> int:
         return math.ceil(self.exact * tokens)
-
-
-def _split(x: Array, dim: int) -> Array:
-    """``[heads, tokens, head_dim]`` to sub-vectors ``[places, heads * tokens, dim]``."""
-    xp = array_namespace(x)
-    heads, tokens, head_dim = x.shape
-    x = xp.reshape(x, (heads * tokens, head_dim // dim, dim))
-    return xp.permute_dims(x, (1, 0, 2))
-
-
-def _join(vectors: Array, shape: tuple[int, ...]) -> Array:
-    xp = array_namespace(vectors)
-    return xp.reshape(xp.permute_dims(vectors, (1, 0, 2)), shape)

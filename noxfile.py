@@ -1,0 +1,118 @@
+"""The gate: `python -m pip install nox && nox` runs every session below."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import nox
+from packaging.requirements import Requirement
+
+nox.needs_version = ">=2025.11.12"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False
+
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+CORE = PYPROJECT["project"]["dependencies"]
+EXTRAS = PYPROJECT["project"]["optional-dependencies"]
+
+
+def works(version: str) -> bool:
+    """Whether ``pythonX.Y`` runs; finding it is not enough, a pyenv shim may lead nowhere."""
+    if version == f"{sys.version_info.major}.{sys.version_info.minor}":
+        return True
+    try:
+        return subprocess.run([f"python{version}", "-c", ""], capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+def lowest(*requirements: str) -> list[str]:
+    """Pin requirements of the form ``name>=version`` to that version."""
+    parsed = map(Requirement, requirements)
+    return [f"{r.name}=={bound.version}" for r in parsed for bound in r.specifier]
+
+
+PYTHONS = [python for python in nox.project.python_versions(PYPROJECT) if works(python)]
+OLDEST, NEWEST = PYTHONS[0], PYTHONS[-1]
+
+# PyTorch is large: one Python, and the lowest version, so that the bound is a tested one.
+MATRIX = [(python, "numpy") for python in PYTHONS]
+MATRIX += [(python, "jax") for python in dict.fromkeys([OLDEST, NEWEST])]
+MATRIX += [(OLDEST, "torch")]
+INSTALL = {"numpy": [], "jax": EXTRAS["jax"], "torch": lowest(*EXTRAS["torch"])}
+LIBRARIES = {"numpy": ["numpy", "strict"], "jax": ["jax"], "torch": ["torch"]}
+
+
+def pytest(session: nox.Session, *args: str) -> None:
+    """Run pytest, one process a core; hypothesis draws the same examples every time."""
+    session.run(
+        "pytest",
+        *("--numprocesses=auto", "--maxprocesses=4", "--hypothesis-profile=ci"),
+        *args,
+        *session.posargs,
+        env={"OMP_NUM_THREADS": "1"},
+    )
+
+
+def libraries(*names: str) -> list[str]:
+    return [f"--library={name}" for name in names]
+
+
+@nox.session(python=OLDEST)
+def lint(session: nox.Session) -> None:
+    """Ruff: lint and format."""
+    session.install(*EXTRAS["lint"])
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(python=OLDEST)
+def typing(session: nox.Session) -> None:
+    """Mypy, strict."""
+    session.install("-e", ".[test,lint]")
+    session.run("mypy")
+
+
+@nox.session
+@nox.parametrize("python,library", MATRIX, ids=["-".join(row) for row in MATRIX])
+def tests(session: nox.Session, library: str) -> None:
+    """The suite, per Python and array library."""
+    session.install("-e", ".[test]", *INSTALL[library])
+    pytest(session, *libraries(*LIBRARIES[library]))
+
+
+@nox.session(python=OLDEST)
+def minimums(session: nox.Session) -> None:
+    """The suite with the lowest allowed dependencies."""
+    session.install("-e", ".[test]", *lowest(*CORE, *EXTRAS["cli"], *EXTRAS["jax"]))
+    pytest(session, *libraries("numpy", "strict", "jax"))
+
+
+@nox.session(python=NEWEST)
+def wheel(session: nox.Session) -> None:
+    """The suite and the main job with the built wheel, away from the source tree."""
+    session.install("build")
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        session.run("python", "-m", "build", f"--outdir={directory}")
+        (built,) = directory.glob("*.whl")
+        session.install(f"{built}[test]")
+        shutil.copytree("tests", directory / "tests")
+        shutil.copy("pyproject.toml", directory)
+        with session.chdir(directory):
+            where = "import kvcompress as k; assert 'site-packages' in k.__file__, k.__file__"
+            session.run("python", "-c", where)
+            pytest(session, *libraries("numpy", "strict"))
+            session.run("kvcompress", "compare", "--plot", "compare.png")
+
+
+@nox.session(python=OLDEST)
+def docs(session: nox.Session) -> None:
+    """Build the documentation; run every code block in README.md and docs/."""
+    session.install("-e", ".[test,docs]", *INSTALL["jax"], *INSTALL["torch"])
+    session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+    session.run("pytest", "README.md", "docs")
