@@ -1,5 +1,6 @@
 """Compression of transformer KV caches on any array library."""
 
+from kvcompress.caches import MlaCompressedKVCache, MultiHeadLatentAttention, PagedKVCache
 from kvcompress.compressed import CompressedKV, CompressedTensor, KVLayout
 from kvcompress.compressor import KVCacheCompressor
 from kvcompress.errors import (
@@ -18,6 +19,7 @@ from kvcompress.errors import (
     UnknownSequence,
 )
 from kvcompress.methods import Hybrid, LowRank, Method, TensorSpec, VectorQuantization
+from kvcompress.rope import RoPE
 
 __version__ = "0.1.0"
 
@@ -34,9 +36,13 @@ __all__ = [
     "LayoutError",
     "LowRank",
     "Method",
+    "MlaCompressedKVCache",
+    "MultiHeadLatentAttention",
     "NamespaceError",
     "NonFiniteError",
     "OutOfBlocks",
+    "PagedKVCache",
+    "RoPE",
     "SequenceExists",
     "SettingError",
     "ShapeError",

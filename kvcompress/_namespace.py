@@ -118,13 +118,49 @@ def astype(x: Array, name: str) -> Array:
     return xp.astype(x, dtype_of(xp, name), copy=False)
 
 
-def scatter(x: Array, index: Array, values: Array) -> Array:
-    """Return `x` with the rows ``x[index] = values``; `index` is 1-D, sorted, without repeats."""
+def narrow(x: Array, name: str) -> Array:
+    """Cast `x` to the dtype called `name`; what exceeds float16 becomes its largest."""
+    if name == "float16" != dtype_name(x.dtype):
+        x = compat.array_namespace(x).clip(x, -65504.0, 65504.0)
+    return astype(x, name)
+
+
+def map_blocks(function: Callable[[Array], Array], x: Array, rows: int) -> Array:
+    """Apply `function`, which maps rows one by one, to at most `rows` rows of `x` at a time."""
+    xp = compat.array_namespace(x)
+    count, rest = divmod(x.shape[0], rows)
+    if count == 0 or (count, rest) == (1, 0):
+        return function(x)
+    whole = x[: count * rows, ...]
+    if compat.is_jax_namespace(xp):
+        # A loop of slices would be compiled block by block, and all blocks held at once.
+        blocks = xp.reshape(whole, (count, rows, *x.shape[1:]))
+        mapped = sys.modules["jax"].lax.map(function, blocks)
+        parts = [xp.reshape(mapped, (count * rows, *mapped.shape[2:]))]
+    else:
+        parts = [function(whole[i * rows : (i + 1) * rows, ...]) for i in range(count)]
+    return xp.concat([*parts, function(x[count * rows :, ...])] if rest else parts, axis=0)
+
+
+def largest(x: Array, count: int) -> Array:
+    """Positions of the `count` largest values along the last axis, in any order."""
+    xp = compat.array_namespace(x)
+    if compat.is_jax_namespace(xp):
+        return sys.modules["jax"].lax.top_k(x, count)[1]  # a partition would be a full sort
+    size = x.shape[-1]
+    return xpx.argpartition(x, size - count, axis=-1)[..., size - count :]
+
+
+def scatter(x: Array, index: Array, values: Array, *, overwrite: bool = False) -> Array:
+    """Return `x` with the rows ``x[index] = values``; `index` is 1-D, sorted, without repeats.
+
+    With `overwrite`, `x` itself is written where its library can, and must not be used afterwards.
+    """
     xp = compat.array_namespace(x)
     if index.shape[0] == 0:
         return x
     if not compat.is_array_api_strict_namespace(xp):
-        return xpx.at(x, index).set(values)
+        return xpx.at(x, index).set(values, copy=None if overwrite else True)
     # The standard has no scatter: look every row up among the indices instead.
     row = xp.arange(x.shape[0], dtype=index.dtype)
     slot = xp.clip(xp.searchsorted(index, row), max=index.shape[0] - 1)

@@ -63,12 +63,15 @@ class Ops:
 
     def __call__(self, op: Callable[..., Any], *arrays: Array, **static: Any) -> Any:
         """Call `op`, or the method of the same name of a backend that supports the call."""
-        name = op.__name__
+        backend = self.backend_for(op.__name__, *arrays, **static)
+        return (op if backend is None else getattr(backend, op.__name__))(*arrays, **static)
+
+    def backend_for(self, op: str, *arrays: Array, **static: Any) -> Backend | None:
+        """Return the backend that takes this call; None means the generic operation."""
         for backend in self.backends:
-            kernel = getattr(backend, name, None)
-            if kernel is not None and backend.supports(name, *arrays, **static):
-                return kernel(*arrays, **static)
-        return op(*arrays, **static)
+            if hasattr(backend, op) and backend.supports(op, *arrays, **static):
+                return backend
+        return None
 
 
 def select(name: str | None = None) -> Ops:

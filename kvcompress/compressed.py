@@ -71,7 +71,14 @@ class CompressedTensor:
     @property
     def num_values(self) -> int:
         """Numbers in the original tensor, exact tokens included."""
-        return self.spec.size + (0 if self.exact is None else math.prod(self.exact.shape))
+        return self.num_coded + (0 if self.exact is None else math.prod(self.exact.shape))
+
+    @property
+    def num_coded(self) -> int:
+        """Numbers that the payload stands for; ``vmap`` and ``scan`` stack tensors."""
+        name, encoded = next(iter(self.method.encoded_spec(self.spec, self.role).items()))
+        stacked: tuple[int, ...] = self.payload[name].shape[: -len(encoded.shape)]
+        return math.prod(stacked) * self.spec.size
 
 
 @pytree(data=("keys", "values"), meta=("layout", "shape", "dtype", "sinks"))
@@ -124,7 +131,7 @@ class CompressedKV:
     @property
     def coded_bits_per_value(self) -> float:
         """Bits per value without the exact tokens, as papers count; NaN if there is no other."""
-        coded = self.keys.spec.size + self.values.spec.size
+        coded = self.keys.num_coded + self.values.num_coded
         nbytes = self.keys.coded_nbytes + self.values.coded_nbytes
         return 8 * nbytes / coded if coded else math.nan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ from kvcompress._namespace import (
     device,
     dtype_name,
     is_concrete,
+    narrow,
 )
 from kvcompress.backend import Ops, select
 from kvcompress.compressed import CompressedKV, CompressedTensor, KVLayout
@@ -25,8 +26,9 @@ from kvcompress.errors import (
     NonFiniteError,
     SettingError,
     ShapeError,
+    check_integer,
 )
-from kvcompress.methods.base import Method, Role, TensorSpec, check_integer
+from kvcompress.methods.base import Method, Role, TensorSpec
 
 LARGEST = 2.0**126
 """Largest magnitude accepted: differences of two such still fit float32."""
@@ -86,6 +88,7 @@ class KVCacheCompressor:
 
     method: Method
     quant_bits: int = 8
+    _: KW_ONLY
     value_method: Method | None = None
     sinks: int = 0
     window: int = 0
@@ -221,7 +224,7 @@ class KVCacheCompressor:
         shapes = ("keys", key_shape), ("values", value_shape or key_shape)
         for role, shape in shapes:
             coded, exact = self._split_spec(shape, dtype)
-            encoded = self._method(role).encoded_spec(coded)
+            encoded = self._method(role).encoded_spec(coded, role)
             total += exact.nbytes + sum(spec.nbytes for spec in encoded.values())
         return total
 
@@ -233,7 +236,7 @@ class KVCacheCompressor:
         tensors: dict[Role, Array] = {"keys": k, "values": v}
         for role, x in tensors.items():
             # Settings that do not fit the shape raise here, before anything is computed.
-            self._method(role).encoded_spec(self._split_spec(x.shape, dtype)[0])
+            self._method(role).encoded_spec(self._split_spec(x.shape, dtype)[0], role)
         finite = {role: self._finite(x, role) for role, x in tensors.items()}
         keys, values = (self._encode(x, role, ops) for role, x in finite.items())
         sinks = min(self.sinks, k.shape[-2])
@@ -284,8 +287,10 @@ class KVCacheCompressor:
         xp, dtype = array_namespace(x), dtype_name(x.dtype)
         limit = min(LARGEST, float(xp.finfo(x.dtype).max)) if dtype == "float16" else LARGEST
         if self.nonfinite == "saturate":
+            # No clip: NumPy has none for bfloat16.
             x = xp.where(xp.isnan(x), xp.zeros_like(x), x)
-            return xp.clip(x, -limit, limit)
+            x = xp.where(x > limit, xp.full_like(x, limit), x)
+            return xp.where(x < -limit, xp.full_like(x, -limit), x)
         if is_concrete(x):
             bad = ~(xp.abs(x) <= limit)
             if bool(xp.any(bad)):
@@ -302,6 +307,7 @@ _DECOMPRESS = {
 
 def _decode(tensor: CompressedTensor, shape: tuple[int, ...], sinks: int, ops: Ops) -> Array:
     x = tensor.method.decode(tensor.payload, tensor.spec, tensor.role, ops)
+    x = narrow(x, tensor.spec.dtype)
     xp = array_namespace(x)
     if tensor.exact is not None:
         x = xp.concat([tensor.exact[:, :sinks, :], x, tensor.exact[:, sinks:, :]], axis=1)

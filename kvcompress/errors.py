@@ -1,5 +1,7 @@
 """Every error kvcompress raises; each is also the builtin a Python user would expect."""
 
+from typing import Any
+
 
 class KVCompressError(Exception):
     """Base of every error raised on purpose by kvcompress."""
@@ -55,3 +57,19 @@ class SequenceExists(KVCompressError, ValueError):
 
 class OutOfBlocks(KVCompressError, MemoryError):
     """A paged cache has too few free blocks; the operation changed nothing."""
+
+
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    """Raise `SettingError` unless `value` is an integer from `low` to `high`."""
+    accepted = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise SettingError(f"{name} must be {accepted}, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise SettingError(f"{name} must be {accepted}, got {value}")
+
+
+def check_fraction(name: str, value: Any, *, low_open: bool = False) -> None:
+    """Raise `SettingError` unless `value` is a number from 0 to 1 (0 itself only if allowed)."""
+    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+    if not ok or (low_open and value == 0):
+        raise SettingError(f"{name} must be in {'(' if low_open else '['}0, 1], got {value!r}")

@@ -58,7 +58,7 @@ class Method(ABC):
         Method._registry[cls.__name__] = cls
 
     @abstractmethod
-    def encoded_spec(self, spec: TensorSpec) -> Mapping[str, TensorSpec]:
+    def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         """Name, shape and dtype of every array of the payload, before anything is encoded.
 
         Raises
@@ -73,7 +73,7 @@ class Method(ABC):
 
     @abstractmethod
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
-        """Restore the tensor described by `spec`."""
+        """Restore the tensor of shape `spec.shape`; the compressor casts it to its dtype."""
 
     def bind(self, quant_bits: int) -> Self:
         """Fill in the compressor's `quant_bits` where the settings leave them open."""
@@ -103,19 +103,3 @@ class Method(ABC):
             return cls(**values)
         except TypeError as error:
             raise SettingError(f"settings of {name} do not fit: {error}") from error
-
-
-def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise `SettingError` unless `value` is an integer from `low` to `high`."""
-    accepted = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise SettingError(f"{name} must be {accepted}, got {value!r}")
-    if value < low or (high is not None and value > high):
-        raise SettingError(f"{name} must be {accepted}, got {value}")
-
-
-def check_fraction(name: str, value: Any, *, low_open: bool = False) -> None:
-    """Raise `SettingError` unless `value` is a number from 0 to 1 (0 itself only if allowed)."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-    if not ok or (low_open and value == 0):
-        raise SettingError(f"{name} must be in {'(' if low_open else '['}0, 1], got {value!r}")

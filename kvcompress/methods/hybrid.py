@@ -9,15 +9,8 @@ from typing import Self
 
 from kvcompress._namespace import Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Ops
-from kvcompress.errors import SettingError
-from kvcompress.methods.base import (
-    Method,
-    Payload,
-    Role,
-    TensorSpec,
-    check_fraction,
-    check_integer,
-)
+from kvcompress.errors import SettingError, check_fraction, check_integer
+from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.methods.low_rank import basis_spec
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
 from kvcompress.ops.outliers import gather_rows, largest, put_rows
@@ -64,7 +57,7 @@ class Hybrid(Method):
     def bind(self, quant_bits: int) -> Self:
         return self if self.quant_bits else replace(self, quant_bits=quant_bits)
 
-    def encoded_spec(self, spec: TensorSpec) -> Mapping[str, TensorSpec]:
+    def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, _ = spec.shape
         affine, kept = self._affine(spec.dtype), (heads, self._kept(tokens))
         ends = TensorSpec((heads, *affine.ends_shape(tokens, self.rank)), spec.dtype)
@@ -111,7 +104,7 @@ class Hybrid(Method):
         value = astype(payload["outlier_value"], "float32")
         flat = put_rows(flat, payload["outlier_index"], value)
         principal = Principal(*(payload[name] for name in Principal._fields))
-        return astype(reconstruct(principal, xp.reshape(flat, coefficients.shape)), spec.dtype)
+        return reconstruct(principal, xp.reshape(flat, coefficients.shape))
 
     def _affine(self, dtype: str) -> AffineSpec:
         if not self.quant_bits:

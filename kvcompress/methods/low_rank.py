@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from kvcompress._namespace import Array, array_namespace, astype, dtype_name
+from kvcompress._namespace import FLOATING, Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Ops
-from kvcompress.errors import SettingError
-from kvcompress.methods.base import (
-    Method,
-    Payload,
-    Role,
-    TensorSpec,
+from kvcompress.errors import (
+    DTypeError,
+    NonFiniteError,
+    SettingError,
+    ShapeError,
     check_fraction,
     check_integer,
 )
+from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.pca import Principal, principal_components, reconstruct, variances
 
 
@@ -56,11 +56,22 @@ class LowRank(Method):
             The tensors to be compressed; `v` is optional.
         energy : float
             Share of the variance about the mean to keep, in (0, 1].
+
+        Raises
+        ------
+        NamespaceError, DTypeError, ShapeError, NonFiniteError, SettingError
         """
         check_fraction("energy", energy, low_open=True)
         ranks = [1]
-        for x in (k,) if v is None else (k, v):
-            xp = array_namespace(x)
+        tensors = (k,) if v is None else (k, v)
+        xp = array_namespace(*tensors)
+        for x in tensors:
+            if dtype_name(x.dtype) not in FLOATING:
+                raise DTypeError(f"expected {', '.join(FLOATING)}, got {dtype_name(x.dtype)}")
+            if x.ndim < 2:
+                raise ShapeError(f"expected [..., seq_len, head_dim], got shape {tuple(x.shape)}")
+            if not bool(xp.all(xp.isfinite(x))):
+                raise NonFiniteError("the variance of values that are not finite is unknown")
             if 0 not in x.shape:
                 spectrum = variances(xp.reshape(x, (-1, *x.shape[-2:])))
                 spectrum = xp.clip(spectrum, min=0.0)
@@ -69,7 +80,7 @@ class LowRank(Method):
                 ranks.append(1 + int(xp.max(xp.sum(xp.astype(short, xp.int32), axis=-1))))
         return cls(max(ranks))
 
-    def encoded_spec(self, spec: TensorSpec) -> Mapping[str, TensorSpec]:
+    def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, _ = spec.shape
         coefficients = TensorSpec((heads, tokens, self.rank), spec.dtype)
         return {"coefficients": coefficients, **basis_spec(spec, self.rank)}
@@ -81,7 +92,7 @@ class LowRank(Method):
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
         arrays = dict(payload)
         coefficients = arrays.pop("coefficients")
-        return astype(reconstruct(Principal(**arrays), coefficients), spec.dtype)
+        return reconstruct(Principal(**arrays), coefficients)
 
 
 def basis_spec(spec: TensorSpec, rank: int) -> Mapping[str, TensorSpec]:

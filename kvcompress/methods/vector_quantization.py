@@ -8,15 +8,8 @@ from dataclasses import dataclass
 
 from kvcompress._namespace import Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Ops
-from kvcompress.errors import SettingError
-from kvcompress.methods.base import (
-    Method,
-    Payload,
-    Role,
-    TensorSpec,
-    check_fraction,
-    check_integer,
-)
+from kvcompress.errors import SettingError, check_fraction, check_integer
+from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.kmeans import kmeans, lookup, nearest
 from kvcompress.ops.outliers import gather_rows, largest, put_rows
 from kvcompress.ops.packing import pack, packed_size, unpack
@@ -65,7 +58,7 @@ class VectorQuantization(Method):
         check_integer("iterations", self.iterations, 0)
         check_integer("seed", self.seed, 0)
 
-    def encoded_spec(self, spec: TensorSpec) -> Mapping[str, TensorSpec]:
+    def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, head_dim = spec.shape
         dim, kept = self._dim(head_dim), self._kept(tokens)
         code_bytes = packed_size(head_dim // dim, self._bits)
@@ -107,8 +100,8 @@ class VectorQuantization(Method):
         codes = xp.reshape(codes, (heads * tokens * places,))
         vectors = ops(lookup, codes, astype(payload["codebook"], "float32"))
         x = xp.reshape(vectors, spec.shape) + astype(payload["mean"], "float32")
-        x = astype(x * payload["scale"], spec.dtype)
-        return put_rows(x, payload["exact_index"], payload["exact_value"])
+        exact = astype(payload["exact_value"], "float32")
+        return put_rows(x * payload["scale"], payload["exact_index"], exact)
 
     @property
     def _bits(self) -> int:

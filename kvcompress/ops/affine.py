@@ -78,7 +78,9 @@ def quantize(x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
     extent = xp.expand_dims(astype(upper, "float32"), axis=axis) - start
     qmax = float(2**spec.bits - 1)
     constant = extent < TINY
-    inverse = xp.where(constant, 0.0, qmax / xp.where(constant, 1.0, extent))
+    # Array by array: PyTorch takes number / array for the number times a rounded reciprocal.
+    inverse = xp.full_like(extent, qmax) / xp.where(constant, 1.0, extent)
+    inverse = xp.where(constant, 0.0, inverse)
     groups = (groups - start) * inverse
     groups = xp.astype(xp.clip(xp.round(groups), 0.0, qmax), xp.uint8)
     return pack(_ungroup(xp, groups, tokens, channels, axis), spec.bits), lower, upper

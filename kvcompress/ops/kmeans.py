@@ -6,17 +6,15 @@ doi 10.1109/TPAMI.2010.57).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from kvcompress._namespace import Array, array_namespace, device
+from kvcompress._namespace import Array, array_namespace, device, map_blocks
 
 SAMPLES_PER_CODE = 64
 """Vectors that train one centroid; more hardly move it."""
 
-_BLOCK = 2**22
-"""Distances held at a time, unless the input itself is larger."""
+_DISTANCES = 2**20
+"""Distances held at a time: as many as stay in the cache of a core."""
 
 
 def kmeans(x: Array, codebook_size: int, *, iterations: int, seed: int) -> Array:
@@ -43,16 +41,19 @@ def kmeans(x: Array, codebook_size: int, *, iterations: int, seed: int) -> Array
     order = np.random.default_rng(seed).permutation(vectors)
     x = _rows(x, order[: SAMPLES_PER_CODE * codebook_size])
     codebook = _rows(x, np.arange(codebook_size) % x.shape[0])
-    codes = xp.arange(codebook_size, dtype=xp.int32, device=device(x))[:, None]
+    codes = xp.arange(codebook_size, dtype=xp.int32, device=device(x))
     for _ in range(iterations):
-        sums = xp.zeros_like(codebook)
-        counts = xp.zeros_like(codebook[:, :1])
-        for block in _blocks(x, codebook_size):
-            member = xp.astype(nearest(x[block, :], codebook) == codes, xp.float32)
-            sums = sums + member @ x[block, :]
-            counts = counts + xp.sum(member, axis=-1, keepdims=True)
+        # Sorted by code, the vectors of a centroid are a run, and its sum a difference of sums.
+        nearest_codes = nearest(x, codebook)
+        order = xp.argsort(nearest_codes)
+        sums = xp.cumulative_sum(xp.take(x, order, axis=0), axis=0, include_initial=True)
+        nearest_codes = xp.take(nearest_codes, order)
+        start = xp.searchsorted(nearest_codes, codes)
+        stop = xp.searchsorted(nearest_codes, codes, side="right")
+        members = xp.astype(stop - start, xp.float32)[:, None]
+        total = xp.take(sums, stop, axis=0) - xp.take(sums, start, axis=0)
         # A centroid that lost all its vectors stays where it was.
-        codebook = xp.where(counts > 0, sums / xp.where(counts > 0, counts, 1.0), codebook)
+        codebook = xp.where(members > 0, total / xp.where(members > 0, members, 1.0), codebook)
     return codebook
 
 
@@ -70,11 +71,11 @@ def nearest(x: Array, codebook: Array) -> Array:
     """
     xp = array_namespace(x, codebook)
     half_norm = xp.sum(codebook * codebook, axis=-1) / 2
-    codes = [
-        xp.astype(xp.argmin(half_norm - x[block, :] @ codebook.T, axis=-1), xp.int32)
-        for block in _blocks(x, codebook.shape[0])
-    ]
-    return codes[0] if len(codes) == 1 else xp.concat(codes)
+
+    def block(rows: Array) -> Array:
+        return xp.astype(xp.argmin(half_norm - rows @ codebook.T, axis=-1), xp.int32)
+
+    return map_blocks(block, x, max(1, _DISTANCES // codebook.shape[0]))
 
 
 def lookup(codes: Array, codebook: Array) -> Array:
@@ -96,10 +97,3 @@ def lookup(codes: Array, codebook: Array) -> Array:
 def _rows(x: Array, index: np.ndarray) -> Array:
     xp = array_namespace(x)
     return xp.take(x, xp.asarray(index, dtype=xp.int32, device=device(x)), axis=0)
-
-
-def _blocks(x: Array, codebook_size: int) -> Iterator[slice]:
-    """Cut the vectors so that a block's distances take no more room than `x`, or than `_BLOCK`."""
-    vectors, dim = x.shape
-    step = max(1, max(vectors * dim, _BLOCK) // codebook_size)
-    return (slice(i, min(i + step, vectors)) for i in range(0, max(vectors, 1), step))

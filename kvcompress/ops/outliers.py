@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import array_api_extra as xpx
-
+from kvcompress import _namespace
 from kvcompress._namespace import Array, array_namespace, device, scatter
 
 
@@ -21,11 +20,10 @@ def largest(score: Array, count: int) -> Array:
     array ``[heads, count]``, int32
     """
     xp = array_namespace(score)
-    heads, rows = score.shape
+    heads, _ = score.shape
     if count == 0 or heads == 0:
         return xp.zeros((heads, count), dtype=xp.int32, device=device(score))
-    index = xpx.argpartition(score, rows - count, axis=-1)[:, rows - count :]
-    return xp.sort(xp.astype(index, xp.int32), axis=-1)
+    return xp.sort(xp.astype(_namespace.largest(score, count), xp.int32), axis=-1)
 
 
 def gather_rows(x: Array, index: Array) -> Array:

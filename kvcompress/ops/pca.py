@@ -53,13 +53,11 @@ def reconstruct(principal: Principal, coefficients: Array) -> Array:
     Returns
     -------
     array ``[heads, tokens, channels]``, float32
-        Clipped to the magnitudes of the source, which can only lessen the error: what was near the
-        end of float16 must not become infinite.
     """
     xp = array_namespace(coefficients)
     basis, mean = (astype(a, "float32") for a in (principal.basis, principal.mean))
     x = astype(coefficients, "float32") @ xp.matrix_transpose(basis)
-    return xp.clip(x + mean, -1.0, 1.0) * principal.scale
+    return (x + mean) * principal.scale
 
 
 def variances(x: Array) -> Array:

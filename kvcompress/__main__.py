@@ -1,0 +1,5 @@
+"""``python -m kvcompress``: the command `kvcompress`."""
+
+from kvcompress.cli import main
+
+main()
