@@ -147,6 +147,7 @@ def _op_cases(x: Array, chosen: Ops, library: Library) -> Iterator[Case]:
     ) -> Case:
         backend = chosen.backend_for(op.__name__, *args, **static)
         who = "generic" if backend is None else backend.name
+        run = library.compile(partial(chosen, op, **static))
         return Case(op.__name__, setting, who, run, args, (source,))
 
     codes = library.array(np.random.default_rng(2).integers(0, 2**BITS, x.shape, dtype=np.uint8))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -33,6 +33,7 @@ from kvcompress._namespace import (
 from kvcompress.backend import Backend
 from kvcompress.ops.affine import AffineSpec
 
+_AXES: tuple[Literal["channel", "token"], ...] = ("channel", "token")
 _SHAPES = ((1, 1, 1), (2, 7, 5), (3, 65, 16), (1, 128, 64), (2, 0, 8), (0, 4, 8))
 
 
@@ -56,7 +57,7 @@ class Case:
     arrays: tuple[Any, ...]
     static: dict[str, Any] = field(default_factory=dict)
     compare: Callable[[Case, tuple[Any, ...], tuple[Any, ...]], None] = field(
-        default=lambda case, got, expected: _same(got, expected)
+        default=lambda _, got, expected: _same(got, expected)
     )
 
     def __str__(self) -> str:
@@ -69,7 +70,7 @@ def cases() -> Iterator[Case]:
     """Calls that cover dtypes, empty and ragged shapes, ties, constants and extreme values."""
     specs = [
         AffineSpec(bits, size, axis)
-        for bits, size, axis in itertools.product((1, 2, 3, 4, 8), (16, 64), ("channel", "token"))
+        for bits, size, axis in itertools.product((1, 2, 3, 4, 8), (16, 64), _AXES)
     ]
     seeds = itertools.count()
     for shape, dtype in itertools.product(_SHAPES, FLOATING):

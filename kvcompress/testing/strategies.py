@@ -131,7 +131,7 @@ def compressors(
         KVCacheCompressor,
         methods(head_dim),
         st.sampled_from(QUANT_BITS),
-        st.none() | value_methods if same else value_methods,
+        value_method=st.none() | value_methods if same else value_methods,
         sinks=exact,
         window=exact,
     )
@@ -145,5 +145,5 @@ def _finfo(name: str) -> Any:
     if name == "bfloat16":
         import ml_dtypes
 
-        return ml_dtypes.finfo(name)
+        return ml_dtypes.finfo(name)  # type: ignore[no-untyped-call]
     return np.finfo(name)

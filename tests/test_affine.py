@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvcompress.ops import AffineSpec, dequantize, quantize, unpack
+from kvcompress.testing.strategies import tensors
+
+DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": ml_dtypes.bfloat16}
+
+# Pairs of shape and spec, few enough that a compiler meets each of them once: single values, odd
+# channels, ragged last groups, groups longer than the tensor, no tokens, no heads.
+CASES = [
+    ((2, 7, 5), AffineSpec(2, 4, "channel")),
+    ((2, 7, 5), AffineSpec(3, 3, "token")),
+    ((1, 1, 1), AffineSpec(1, 2, "channel")),
+    ((1, 33, 8), AffineSpec(4, 32, "channel")),
+    ((2, 9, 16), AffineSpec(8, 16, "token")),
+    ((3, 4, 3), AffineSpec(5, 64, "channel")),
+    ((2, 0, 4), AffineSpec(4, 16, "channel")),
+    ((0, 3, 4), AffineSpec(7, 16, "token")),
+]
+
+
+def check_against_oracle(xp, x, spec, ends_dtype=None):
+    ends = np.dtype(DTYPES[ends_dtype]) if ends_dtype else x.dtype
+    expected = oracle.quantize(x, spec.bits, spec.group_size, spec.axis, ends)
+    codes, lower, upper = xp.run(quantize, xp.asarray(x), spec=spec)
+    assert all(map(xp.owns, (codes, lower, upper)))
+    packed = oracle.pack_rows(expected[0], spec.bits)
+    assert codes.shape == packed.shape
+    assert codes.shape[-2:] == spec.codes_shape(*x.shape[-2:])
+    assert lower.shape[-2:] == spec.ends_shape(*x.shape[-2:])
+    np.testing.assert_array_equal(xp.numpy(codes), packed, strict=True)
+    same_bits(xp.numpy(lower), expected[1])
+    same_bits(xp.numpy(upper), expected[2])
+    return codes, lower, upper
+
+
+def same_bits(a, b):
+    assert a.dtype == b.dtype
+    view = f"u{a.dtype.itemsize}"
+    np.testing.assert_array_equal(
+        np.ascontiguousarray(a).view(view), np.ascontiguousarray(b).view(view), strict=True
+    )
+
+
+@given(data=st.data())
+def test_codes_and_ends_are_the_oracles_bit_for_bit(xp, data):
+    number, (shape, spec) = data.draw(st.sampled_from(xp.few(list(enumerate(CASES)))))
+    x = data.draw(tensors(shape, xp.dtypes[number % len(xp.dtypes)]))
+    codes, lower, upper = check_against_oracle(xp, x, spec)
+    # The error is at most half a step, and rounding.
+    back = xp.run(dequantize, codes, lower, upper, spec=spec, channels=shape[-1])
+    assert xp.owns(back)
+    assert xp.numpy(back).dtype == np.float32
+    assert back.shape == shape
+    for head in np.ndindex(shape[:-2]):
+        ends = xp.numpy(lower)[head], xp.numpy(upper)[head]
+        bound = oracle.quantizer_bound(x[head], *ends, spec.bits, spec.group_size, spec.axis)
+        error = abs(xp.numpy(back)[head].astype("float64") - x[head].astype("float64"))
+        assert (error <= bound).all(), (error - bound).max()
+
+
+@given(data=st.data())
+@settings(max_examples=10)
+@pytest.mark.parametrize("ends_dtype", ["float16", "bfloat16"])
+def test_ends_stored_narrower_than_the_source(xp, ends_dtype, data):
+    if ends_dtype not in xp.dtypes:
+        pytest.skip(f"{xp} has no {ends_dtype}")
+    spec = AffineSpec(4, 4, "channel", ends_dtype)
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    x = (rng.standard_normal((2, 7, 5)) * 2.0 ** rng.integers(-12, 12, 5)).astype("float32")
+    codes, lower, upper = check_against_oracle(xp, x, spec, ends_dtype)
+    back = xp.numpy(xp.run(dequantize, codes, lower, upper, spec=spec, channels=5))
+    for head in range(2):
+        ends = xp.numpy(lower)[head], xp.numpy(upper)[head]
+        bound = oracle.quantizer_bound(x[head], *ends, 4, 4, "channel")
+        assert (abs(back[head].astype("float64") - x[head]) <= bound).all()
+
+
+def recipe(x, bits):
+    """Codes of ``[groups, size]`` by the published recipe, in NumPy's float32."""
+    lower, upper = x.min(1, keepdims=True), x.max(1, keepdims=True)
+    inverse = np.float32(2**bits - 1) / (upper - lower)
+    return np.rint((x - lower) * inverse).astype("uint8")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
+def test_a_hundred_thousand_codes(xp, bits):
+    """Enough of them to meet codes that one rounding more or less would change."""
+    if xp.name == "jax" and bits not in (3, 8):
+        pytest.skip("compiled as a whole it is one compilation, and tested")
+    rng = np.random.default_rng(bits)
+    x = rng.standard_normal((1, 1024, 96)) * 2.0 ** rng.integers(-8, 8, 96)
+    x[:, ::5] = np.round(x[:, ::5] * 2) / 2  # ties
+    for dtype in xp.dtypes:
+        source = x.astype(DTYPES[dtype])
+        wide = source[0].astype("float32")
+        codes, _, _ = xp.run(quantize, xp.asarray(source), spec=AffineSpec(bits, 64, "channel"))
+        columns = wide.reshape(16, 64, 96).transpose(0, 2, 1).reshape(-1, 64)
+        expected = recipe(columns, bits).reshape(16, 96, 64).transpose(0, 2, 1)
+        expected = expected.reshape(1, 1024, 96)
+        np.testing.assert_array_equal(unpack(xp.numpy(codes), bits, 96), expected)
+        codes, _, _ = xp.run(quantize, xp.asarray(source), spec=AffineSpec(bits, 32, "token"))
+        expected = recipe(wide.reshape(-1, 32), bits).reshape(1, 1024, 96)
+        np.testing.assert_array_equal(unpack(xp.numpy(codes), bits, 96), expected)
+
+
+@given(data=st.data())
+def test_quantizing_what_was_dequantized_changes_nothing(xp, data):
+    shape, spec = data.draw(st.sampled_from(xp.few([c for c in CASES if 0 not in c[0]])))
+    x = data.draw(tensors(shape, "float32"))
+    codes, lower, upper = xp.run(quantize, xp.asarray(x), spec=spec)
+    once = xp.run(dequantize, codes, lower, upper, spec=spec, channels=shape[-1])
+    codes2, lower2, upper2 = xp.run(quantize, once, spec=spec)
+    once, lower, upper = xp.numpy(once), xp.numpy(lower), xp.numpy(upper)
+    old, new = (oracle.unpack_rows(xp.numpy(c), spec.bits, shape[-1]) for c in (codes, codes2))
+    lower2, upper2 = xp.numpy(lower2), xp.numpy(upper2)
+    for head in np.ndindex(shape[:-2]):
+        members = oracle.groups(*shape[-2:], spec.group_size, spec.axis)
+        for at, positions in members.items():
+            low, high = float(lower[head][at]), float(upper[head][at])
+            off = oracle.decode_rounding(low, high) + 2 * oracle.TINY
+            values = [float(x[head][p]) for p in positions]
+            if min(values) != low or max(values) != high:
+                continue  # an end too small was stored as zero
+            # The least value decodes to itself, the greatest to within the rounding.
+            assert lower2[head][at] == lower[head][at]
+            assert abs(float(upper2[head][at]) - high) <= off
+            # A decoded value is at most 2 off / step away from its code, in steps, and 4 float32
+            # roundings of at most 255; under a quarter, it rounds back to its code.
+            step = (high - low) / (2**spec.bits - 1)
+            if off < step / 9:
+                assert all(old[head][p] == new[head][p] for p in positions)
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_views_give_the_same_codes(xp, axis):
+    spec = AffineSpec(3, 4, axis)
+    x = np.random.default_rng(0).standard_normal((2, 6, 10)).astype("float32")
+    expected = [np.asarray(a) for a in quantize(x, spec=spec)]
+    wide = np.zeros((2, 12, 20), "float32")
+    wide[:, ::2, ::2] = x
+    turned = xp.asarray(np.ascontiguousarray(x.transpose(2, 0, 1)))
+    permute = xp.module.permute if xp.name == "torch" else _permute(xp)
+    views = [
+        xp.asarray(wide)[:, ::2, ::2],
+        permute(turned, (1, 2, 0)),
+        xp.asarray(np.concatenate([x * 0, x]))[2:, ...],
+    ]
+    for view in views:
+        for a, b in zip(xp.run(quantize, view, spec=spec), expected, strict=True):
+            same_bits(xp.numpy(a), b)
+
+
+def _permute(xp):
+    return getattr(xp.module, "permute_dims", None) or xp.module.transpose
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.5, -65504.0, 2.0**-130, 2.0**126])
+def test_constant_groups_come_back(xp, value):
+    x = np.full((1, 5, 4), value, "float32")
+    spec = AffineSpec(4, 4, "channel")
+    codes, lower, upper = xp.run(quantize, xp.asarray(x), spec=spec)
+    assert not xp.numpy(codes).any()
+    back = xp.numpy(xp.run(dequantize, codes, lower, upper, spec=spec, channels=4))
+    # Denormals count as zero, everywhere, and zero has one sign.
+    expected = x if abs(value) >= 2.0**-100 else np.zeros_like(x)
+    same_bits(back, expected)
+    same_bits(xp.numpy(lower), expected[:, :2])
+
+
+def test_ties_round_to_even(xp):
+    # Ends 0 and 3: two bits, step 1; halves lie between two codes.
+    x = np.array([[[0.0], [0.5], [1.5], [2.5], [3.0]]], "float32")
+    codes, _, _ = xp.run(quantize, xp.asarray(x), spec=AffineSpec(2, 8, "channel"))
+    assert xp.numpy(codes).ravel().tolist() == [0, 0, 2, 2, 3]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 63, 64, 65, 128, 129])
+def test_groups_run_where_they_should(size):
+    """Every group has ends of its own, and no value widens another group."""
+    x = np.arange(size, dtype="float32")[None, :, None] ** 2
+    for spec, y in (
+        (AffineSpec(8, 64, "channel"), x),
+        (AffineSpec(8, 64, "token"), x.transpose(0, 2, 1)),
+    ):
+        _, lower, upper = quantize(y, spec=spec)
+        starts = range(0, size, 64)
+        assert lower.ravel().tolist() == [i**2 for i in starts]
+        assert upper.ravel().tolist() == [(min(i + 64, size) - 1) ** 2 for i in starts]
+
+
+@given(x=tensors((2, 7, 5), "float32"))
+def test_arguments_are_left_alone(x):
+    before = x.copy()
+    spec = AffineSpec(4, 4, "channel")
+    encoded = quantize(x, spec=spec)
+    kept = [a.copy() for a in encoded]
+    dequantize(*encoded, spec=spec, channels=5)
+    same_bits(x, before)
+    for a, b in zip(encoded, kept, strict=True):
+        same_bits(a, b)
