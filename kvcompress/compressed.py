@@ -30,7 +30,7 @@ class KVLayout(Enum):
     LATENT = "[batch, seq_len, rope_dim] and [batch, seq_len, kv_lora_rank]"
 
 
-@pytree(data=("payload", "exact"), meta=("method", "role", "spec"))
+@pytree(data=("payload", "exact"), meta=("method", "role", "spec", "ndim"))
 @dataclass(frozen=True, eq=False)
 class CompressedTensor:
     """One compressed tensor ``[heads, tokens, head_dim]``: the keys or the values.
@@ -45,6 +45,8 @@ class CompressedTensor:
     role : {"keys", "values"}
     spec : TensorSpec
         Of the tensor that `payload` decodes to.
+    ndim : int
+        Dimensions of the first array of `payload`; ``vmap`` and ``scan`` add some in front.
     """
 
     payload: Payload
@@ -52,6 +54,7 @@ class CompressedTensor:
     method: Method
     role: Role
     spec: TensorSpec
+    ndim: int
 
     @property
     def arrays(self) -> dict[str, Array]:
@@ -75,9 +78,9 @@ class CompressedTensor:
 
     @property
     def num_coded(self) -> int:
-        """Numbers that the payload stands for; ``vmap`` and ``scan`` stack tensors."""
-        name, encoded = next(iter(self.method.encoded_spec(self.spec, self.role).items()))
-        stacked: tuple[int, ...] = self.payload[name].shape[: -len(encoded.shape)]
+        """Numbers that the payload stands for."""
+        first = next(iter(self.payload.values()))
+        stacked: tuple[int, ...] = first.shape[: first.ndim - self.ndim]
         return math.prod(stacked) * self.spec.size
 
 

@@ -30,8 +30,8 @@ from kvcompress.errors import (
 )
 from kvcompress.methods.base import Method, Role, TensorSpec
 
-LARGEST = 2.0**126
-"""Largest magnitude accepted: differences of two such still fit float32."""
+LARGEST = 2.0**120
+"""Largest magnitude accepted: what is computed from such still fits float32."""
 
 QUANT_BITS = (2, 3, 4, 8)
 
@@ -75,7 +75,7 @@ class KVCacheCompressor:
     window : int
         Last tokens kept exact.
     nonfinite : {"raise", "saturate"}
-        What NaN, infinities and magnitudes above 2**126 become: an error (as far as values can be
+        What NaN, infinities and magnitudes above 2**120 become: an error (as far as values can be
         looked at: not under ``jax.jit``), or zero and the largest magnitude of that sign.
     backend : str, optional
         "auto", "generic" or a backend's name; None asks ``KVCOMPRESS_BACKEND``, then is "auto".
@@ -243,6 +243,8 @@ class KVCacheCompressor:
         return CompressedKV(keys, values, layout, (tuple(k.shape), tuple(v.shape)), dtype, sinks)
 
     def _decompress(self, compressed: CompressedKV, layout: KVLayout) -> tuple[Array, Array]:
+        if not isinstance(compressed, CompressedKV):
+            raise LayoutError(f"expected a CompressedKV, got {type(compressed).__name__}")
         if compressed.layout is not layout:
             raise LayoutError(
                 f"this holds {compressed.layout.value}, not {layout.value}; "
@@ -250,7 +252,7 @@ class KVCacheCompressor:
             )
         ops = select(self.backend)
         k, v = (
-            _decode(tensor, shape, compressed.sinks, ops)
+            _decode(tensor, self._method(tensor.role), shape, compressed.sinks, ops)
             for tensor, shape in zip(
                 (compressed.keys, compressed.values), compressed.shape, strict=True
             )
@@ -268,7 +270,10 @@ class KVCacheCompressor:
             end = x.shape[1] - window
             kept = xp.concat([x[:, :sinks, :], x[:, end:, :]], axis=1)
             x = x[:, sinks:end, :]
-        return CompressedTensor(method.encode(x, role, ops), kept, method, role, coded)
+        payload = method.encode(x, role, ops)
+        payload = {name: payload[name] for name in sorted(payload)}  # as a pytree orders it
+        ndim = next(iter(payload.values())).ndim
+        return CompressedTensor(payload, kept, method.detach(), role, coded, ndim)
 
     def _split_spec(self, shape: tuple[int, ...], dtype: str) -> tuple[TensorSpec, TensorSpec]:
         """Specs of the tokens to encode and of those to keep exact."""
@@ -305,8 +310,10 @@ _DECOMPRESS = {
 }
 
 
-def _decode(tensor: CompressedTensor, shape: tuple[int, ...], sinks: int, ops: Ops) -> Array:
-    x = tensor.method.decode(tensor.payload, tensor.spec, tensor.role, ops)
+def _decode(
+    tensor: CompressedTensor, known: Method, shape: tuple[int, ...], sinks: int, ops: Ops
+) -> Array:
+    x = tensor.method.attach(known).decode(tensor.payload, tensor.spec, tensor.role, ops)
     x = narrow(x, tensor.spec.dtype)
     xp = array_namespace(x)
     if tensor.exact is not None:

@@ -35,6 +35,10 @@ class LayoutError(KVCompressError, ValueError):
     """A `CompressedKV` was asked for a layout other than the one it was compressed from."""
 
 
+class CalibrationError(KVCompressError, ValueError):
+    """A calibration is missing, too small, not the one asked for, or its file is damaged."""
+
+
 class BackendError(KVCompressError, RuntimeError):
     """A backend asked for by name is unknown, unavailable, or failed to load."""
 

@@ -26,6 +26,7 @@ from kvcompress import (
     ShapeError,
     VectorQuantization,
 )
+from kvcompress.compressor import LARGEST
 from kvcompress.testing import strategies as kvst
 
 DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": ml_dtypes.bfloat16}
@@ -331,7 +332,7 @@ def test_saturate(xp):
         array = xp.asarray(k)
         z = xp.run(compress, array, array, compressor=compressor)
         out, _ = xp.run(decompress, z, compressor=compressor)  # all tokens are exact here
-        limit = 65504.0 if dtype == "float16" else 2.0**126
+        limit = 65504.0 if dtype == "float16" else LARGEST
         expected = k.copy()
         expected[0, 0, 0, :3] = [0, limit, -limit]
         np.testing.assert_array_equal(xp.numpy(out), expected)
@@ -351,7 +352,7 @@ def test_saturated_values_are_coded(xp):
 def test_magnitudes_up_to_the_limit_are_accepted(xp):
     for dtype in xp.dtypes:
         k, _ = kv(dtype)
-        limit = 65504.0 if dtype == "float16" else 2.0**126
+        limit = 65504.0 if dtype == "float16" else LARGEST
         k[0, 0, 0, :2] = [limit, -limit]
         for method in METHODS:
             compressor = KVCacheCompressor(method)

@@ -79,6 +79,20 @@ class Method(ABC):
         """Fill in the compressor's `quant_bits` where the settings leave them open."""
         return self
 
+    def detach(self) -> Self:
+        """Return the settings as what is compressed carries them: small, and serializable."""
+        return self
+
+    def attach(self, method: Method) -> Self:
+        """Undo `detach`, by the method of the compressor that is asked to decompress.
+
+        Raises
+        ------
+        CalibrationError
+            If what `detach` left out is not to be had from `method`.
+        """
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as values that JSON can carry; `from_dict` undoes it."""
         return {"method": type(self).__name__, **dataclasses.asdict(self)}

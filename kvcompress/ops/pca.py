@@ -108,5 +108,7 @@ def _eigh(centered: Array) -> tuple[Array, Array]:
     """Eigenvalues ``[heads, channels]`` and eigenvectors of the covariance, largest first."""
     xp = array_namespace(centered)
     covariance = xp.matrix_transpose(centered) @ centered / max(centered.shape[-2], 1)
+    # LAPACK may not converge where denormals stand beside ones.
+    covariance = xp.where(xp.abs(covariance) < TINY, 0.0, covariance)
     values, vectors = xp.linalg.eigh(-covariance)  # ascending, so largest variance first
     return -values, vectors
