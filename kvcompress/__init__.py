@@ -1,11 +1,13 @@
 """Compression of transformer KV caches on any array library."""
 
 from kvcompress.caches import MlaCompressedKVCache, MultiHeadLatentAttention, PagedKVCache
+from kvcompress.calibration import Calibration, plan
 from kvcompress.compressed import CompressedKV, CompressedTensor, KVLayout
 from kvcompress.compressor import KVCacheCompressor
 from kvcompress.errors import (
     BackendError,
     BackendWarning,
+    CalibrationError,
     DTypeError,
     KVCompressError,
     LayoutError,
@@ -17,8 +19,18 @@ from kvcompress.errors import (
     ShapeError,
     UnknownLayer,
     UnknownSequence,
+    UnsupportedModel,
 )
-from kvcompress.methods import Hybrid, LowRank, Method, TensorSpec, VectorQuantization
+from kvcompress.methods import (
+    GroupQuantization,
+    Hybrid,
+    LowRank,
+    Method,
+    RotatedQuantization,
+    TensorSpec,
+    TransformCoding,
+    VectorQuantization,
+)
 from kvcompress.rope import RoPE
 
 __version__ = "0.1.0"
@@ -26,9 +38,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendError",
     "BackendWarning",
+    "Calibration",
+    "CalibrationError",
     "CompressedKV",
     "CompressedTensor",
     "DTypeError",
+    "GroupQuantization",
     "Hybrid",
     "KVCacheCompressor",
     "KVCompressError",
@@ -43,12 +58,16 @@ __all__ = [
     "OutOfBlocks",
     "PagedKVCache",
     "RoPE",
+    "RotatedQuantization",
     "SequenceExists",
     "SettingError",
     "ShapeError",
     "TensorSpec",
+    "TransformCoding",
     "UnknownLayer",
     "UnknownSequence",
+    "UnsupportedModel",
     "VectorQuantization",
     "__version__",
+    "plan",
 ]

@@ -19,16 +19,24 @@ import pytest
 LIBRARIES = {
     "numpy": ("numpy", "numpy-readonly"),
     "strict": ("strict",),
-    "jax": ("jax", "jax-jit"),
+    "jax": ("jax-jit",),
+    "jax-eager": ("jax",),
     "torch": ("torch",),
     "cupy": ("cupy",),
 }
-MODULES = {"strict": "array_api_strict", "jax": "jax.numpy"}
+MODULES = {"strict": "array_api_strict", "jax": "jax.numpy", "jax-eager": "jax.numpy"}
 
 hypothesis.settings.register_profile("dev", deadline=None, max_examples=30)
-hypothesis.settings.register_profile(
-    "ci", deadline=None, max_examples=30, derandomize=True, print_blob=True, database=None
-)
+# "few" is for JAX, which compiles every operation for every shape that is drawn.
+for name, examples in {"ci": 30, "few": 5}.items():
+    hypothesis.settings.register_profile(
+        name,
+        deadline=None,
+        max_examples=examples,
+        derandomize=True,
+        print_blob=True,
+        database=None,
+    )
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 

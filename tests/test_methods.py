@@ -22,6 +22,7 @@ from kvcompress import (
     SettingError,
     TensorSpec,
     VectorQuantization,
+    methods,
 )
 from kvcompress._namespace import narrow
 from kvcompress.backend import Ops
@@ -332,7 +333,7 @@ def test_methods_are_values(method):
     assert Method.from_dict(settings) == method
     assert hash(Method.from_dict(settings)) == hash(method)
     assert pickle.loads(pickle.dumps(method)) == method
-    assert eval(repr(method)) == method
+    assert eval(repr(method), dict(vars(methods))) == method
     with pytest.raises(AttributeError):
         method.rank = 1
 

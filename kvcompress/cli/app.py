@@ -8,9 +8,11 @@ import click
 
 import kvcompress
 from kvcompress.cli.bench import bench
+from kvcompress.cli.calibrate import calibrate
 from kvcompress.cli.compare import compare
 from kvcompress.cli.console import InputError
 from kvcompress.cli.doctor import doctor
+from kvcompress.cli.evaluate import evaluate
 from kvcompress.errors import KVCompressError
 
 
@@ -33,9 +35,15 @@ def app() -> None:
       kvcompress compare my.npz    the same on your own
       kvcompress bench             time and memory of every operation
       kvcompress doctor            what is installed and in use here
+      kvcompress calibrate MODEL --text prose.txt -o model.cal
+                                   gather what TransformCoding must know of a model
+      kvcompress evaluate MODEL --text held-out.txt
+                                   what compressed caches do to a model
     """  # noqa: D301
 
 
 app.add_command(compare)
 app.add_command(bench)
 app.add_command(doctor)
+app.add_command(calibrate)
+app.add_command(evaluate)

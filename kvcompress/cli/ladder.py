@@ -6,9 +6,17 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 
-from kvcompress.methods import Hybrid, LowRank, Method, VectorQuantization
+from kvcompress.methods import (
+    GroupQuantization,
+    Hybrid,
+    LowRank,
+    Method,
+    RotatedQuantization,
+    VectorQuantization,
+)
 
-NAMES = tuple(method.__name__ for method in (LowRank, VectorQuantization, Hybrid))
+METHODS = (LowRank, VectorQuantization, Hybrid, GroupQuantization, RotatedQuantization)
+NAMES = tuple(method.__name__ for method in METHODS)
 
 
 def ladder(head_dims: Iterable[int]) -> Mapping[str, tuple[Method, ...]]:
@@ -19,12 +27,15 @@ def ladder(head_dims: Iterable[int]) -> Mapping[str, tuple[Method, ...]]:
     low_rank = (max(1, full // 4), half, max(1, 3 * full // 4))
     vector_quantization = ((8, 16), (8, 64), (4, 16), (4, 64), (2, 16), (4, 256), (2, 64))
     hybrid = ((half, 2), (half, 3), (half, 4), (full, 2), (full, 3), (full, 4), (full, 8))
+    groups = ((2, 64), (2, 32), (3, 64), (4, 64), (8, 64))
     rungs: tuple[tuple[Method, ...], ...] = (
         tuple(LowRank(rank) for rank in low_rank),
         tuple(
             VectorQuantization(size, math.gcd(dim, divisor)) for dim, size in vector_quantization
         ),
         tuple(Hybrid(rank, bits) for rank, bits in hybrid),
+        tuple(GroupQuantization(bits, size) for bits, size in groups),
+        tuple(RotatedQuantization(bits) for bits in (1, 2, 3, 4, 5, 6, 8)),
     )
     # Narrow heads make some settings coincide.
     return {name: tuple(dict.fromkeys(rung)) for name, rung in zip(NAMES, rungs, strict=True)}

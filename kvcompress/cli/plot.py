@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
     from kvcompress.cli.compare import Result
 
-COLORS = dict(zip(NAMES, ("#0072B2", "#D55E00", "#009E73"), strict=True))
+COLORS = dict(zip(NAMES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), strict=True))
 """Of the Okabe-Ito palette, which the colour-blind can tell apart."""
 
-MARKERS = dict(zip(NAMES, "os^", strict=True))
+MARKERS = dict(zip(NAMES, "os^Dv", strict=True))
 
 PANELS = {
     "key_relative_mse": "keys: rel-MSE",
@@ -61,7 +61,7 @@ def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
     figure.legend(
         *figure.axes[0].get_legend_handles_labels(),
         loc="outside lower center",
-        ncols=len(NAMES),
+        ncols=3,
         frameon=False,
     )
     try:

@@ -5,17 +5,28 @@ tested against.
 """
 
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
+from kvcompress.ops.clipping import clip_groups
+from kvcompress.ops.hadamard import hadamard, inverse_hadamard
 from kvcompress.ops.kmeans import kmeans, lookup, nearest
 from kvcompress.ops.outliers import gather_rows, largest, put_rows
 from kvcompress.ops.packing import pack, packed_size, unpack
 from kvcompress.ops.pca import Principal, center, principal_components, reconstruct, variances
+from kvcompress.ops.product import decode_product, encode_product
+from kvcompress.ops.rotated import RotatedSpec, dequantize_rotated, quantize_rotated
 
 __all__ = [
     "AffineSpec",
     "Principal",
+    "RotatedSpec",
     "center",
+    "clip_groups",
+    "decode_product",
     "dequantize",
+    "dequantize_rotated",
+    "encode_product",
     "gather_rows",
+    "hadamard",
+    "inverse_hadamard",
     "kmeans",
     "largest",
     "lookup",
@@ -25,6 +36,7 @@ __all__ = [
     "principal_components",
     "put_rows",
     "quantize",
+    "quantize_rotated",
     "reconstruct",
     "unpack",
     "variances",

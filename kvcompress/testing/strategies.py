@@ -14,7 +14,14 @@ from hypothesis.strategies import SearchStrategy
 
 from kvcompress._namespace import FLOATING, dtype_of, namespace_of
 from kvcompress.compressor import LARGEST, QUANT_BITS, KVCacheCompressor
-from kvcompress.methods import Hybrid, LowRank, Method, VectorQuantization
+from kvcompress.methods import (
+    GroupQuantization,
+    Hybrid,
+    LowRank,
+    Method,
+    RotatedQuantization,
+    VectorQuantization,
+)
 
 NDArray: TypeAlias = np.ndarray[Any, Any]
 Shape: TypeAlias = tuple[int, ...]
@@ -105,6 +112,8 @@ def methods(head_dim: int) -> SearchStrategy[Method]:
     """Methods of every kind whose settings fit `head_dim`."""
     rank = st.integers(1, head_dim)
     share = st.sampled_from((0.0, 0.01, 0.3, 1.0))
+    group_size = st.sampled_from((2, 7, 64))
+    axis = st.sampled_from(("channel", "token"))
     divisors = [None, *(d for d in range(1, head_dim + 1) if head_dim % d == 0)]
     return st.one_of(
         st.builds(LowRank, rank),
@@ -116,7 +125,9 @@ def methods(head_dim: int) -> SearchStrategy[Method]:
             iterations=st.integers(0, 3),
             seed=st.integers(0, 9),
         ),
-        st.builds(Hybrid, rank, st.integers(0, 8), st.sampled_from((2, 7, 64)), share),
+        st.builds(Hybrid, rank, st.integers(0, 8), group_size, share),
+        st.builds(GroupQuantization, st.sampled_from((0, *QUANT_BITS)), group_size, axis, axis),
+        st.builds(RotatedQuantization, st.integers(1, 8), st.integers(0, 9)),
     )
 
 

@@ -1,0 +1,357 @@
+"""`Calibration`: statistics of a model's keys, values and queries, gathered as they stream by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from kvcompress._namespace import FLOATING, Array, array_namespace, dtype_name, to_host
+from kvcompress.compressor import KVCacheCompressor
+from kvcompress.errors import (
+    CalibrationError,
+    DTypeError,
+    NonFiniteError,
+    SettingError,
+    ShapeError,
+    UnknownLayer,
+    check_integer,
+)
+from kvcompress.layer_statistics import HostArray, LayerStatistics
+from kvcompress.methods.transform_coding import TransformCoding
+from kvcompress.training import key_bases, rates, value_bases, water_level
+
+FORMAT = "kvcompress.calibration.1"
+
+_TINY = 1e-30
+
+
+class Calibration:
+    """Streaming statistics per layer and head: second moments, and rows drawn at random.
+
+    Feed it the keys, values and queries of texts like those to come; what it holds grows with the
+    model, not with the texts. Sums are float64, on the host.
+
+    Parameters
+    ----------
+    rows : int
+        Tokens per layer whose keys and values are kept to train codebooks on.
+    skip : int
+        First tokens of every sequence left out: attention sinks have statistics of their own, and
+        are better kept exact.
+    seed : int
+        Of the choice of rows. Calibrations to be merged need different seeds.
+
+    Attributes
+    ----------
+    provenance : dict
+        What the tokens are from, whatever JSON can hold: saved, but no part of the fingerprint.
+    """
+
+    def __init__(self, *, rows: int = 4096, skip: int = 4, seed: int = 0) -> None:
+        check_integer("rows", rows, 256)
+        check_integer("skip", skip, 0)
+        check_integer("seed", seed, 0)
+        self.rows = rows
+        self.skip = skip
+        self.seed = seed
+        self.provenance: dict[str, Any] = {}
+        self._layers: dict[int, dict[str, HostArray]] = {}
+
+    def __repr__(self) -> str:
+        return f"Calibration({len(self._layers)} layers, {self.tokens:,} tokens)"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that have statistics."""
+        return tuple(sorted(self._layers))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens gathered in the layer that has the fewest; 0 without layers."""
+        return min((int(sums["tokens"]) for sums in self._layers.values()), default=0)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all statistics, in hexadecimal."""
+        return _digest({f"{i}.{k}": v for i, sums in self._layers.items() for k, v in sums.items()})
+
+    def update(self, layer: int, k: Array, v: Array, q: Array | None = None, /) -> None:
+        """Add the tokens of whole sequences to the statistics of a layer, or change nothing.
+
+        Parameters
+        ----------
+        layer : int
+        k, v : arrays ``[batch, num_heads, seq_len, head_dim]``, or without the batch
+            As the cache holds them: keys after RoPE.
+        q : array ``[batch, num_query_heads, seq_len, head_dim]``, or without the batch, optional
+            As attention uses them: after RoPE. Query head ``h`` reads KV head
+            ``h // (num_query_heads // num_heads)``.
+
+        Raises
+        ------
+        NamespaceError, DTypeError, ShapeError, NonFiniteError, SettingError
+        """
+        check_integer("layer", layer, 0)
+        keys, values = _host("k", k), _host("v", v)
+        queries = keys[:, :, :0] if q is None else _host("q", q)
+        self._check(layer, keys, values, queries)
+        batch, heads = keys.shape[:2]
+        # The queries of a group read the same keys: as if they were more tokens.
+        queries = _tokens(queries.reshape(batch, heads, -1 if queries.size else 0, keys.shape[-1]))
+        keys, values = (_tokens(x[:, :, self.skip :]) for x in (keys, values))
+        norms = np.linalg.norm(values, axis=-1, keepdims=True)
+        unit = np.where(norms > _TINY, values / np.maximum(norms, _TINY), 0.0)
+        logs = np.log2(np.maximum(norms[..., 0], _TINY))
+        logs = np.where(norms[..., 0] > _TINY, logs, 0.0)
+        tokens = keys.shape[1]
+        new = {
+            "tokens": np.asarray(float(tokens)),
+            "nonzero": np.sum(norms[..., 0] > _TINY, axis=-1).astype(np.float64),
+            "queries": np.asarray(float(queries.shape[1])),
+            "key_sum": keys.sum(1),
+            "key_moment": np.swapaxes(keys, 1, 2) @ keys,
+            "value_sum": unit.sum(1),
+            "value_moment": np.swapaxes(unit, 1, 2) @ unit,
+            "log_norm_sum": logs.sum(1),
+            "query_moment": np.swapaxes(queries, 1, 2) @ queries,
+            "tags": np.random.default_rng((self.seed, layer, self._seen(layer))).random(tokens),
+            "key_rows": keys.astype(np.float16),
+            "value_rows": unit.astype(np.float16),
+        }
+        self._layers[layer] = _merge(self._layers.get(layer), new, self.rows)
+
+    def merge(self, other: Calibration, /) -> Calibration:
+        """Return the calibration on the tokens of both.
+
+        Raises
+        ------
+        CalibrationError
+            If a layer of both has other shapes, or the rows were drawn with the same seed.
+        """
+        if self.seed == other.seed and self._layers and other._layers:
+            raise CalibrationError(
+                f"calibrations to merge need different seeds, both have {self.seed}"
+            )
+        merged = Calibration(rows=min(self.rows, other.rows), skip=self.skip, seed=self.seed)
+        for layer in {**self._layers, **other._layers}:
+            parts = [c._layers[layer] for c in (self, other) if layer in c._layers]
+            if any(p["key_rows"].shape[::2] != parts[0]["key_rows"].shape[::2] for p in parts):
+                raise CalibrationError(f"layer {layer} has other heads or another head_dim")
+            sums = _merge(None, parts[0], merged.rows)
+            for part in parts[1:]:
+                sums = _merge(sums, part, merged.rows)
+            merged._layers[layer] = sums
+        return merged
+
+    def __getitem__(self, layer: int) -> LayerStatistics:
+        """Statistics of one layer.
+
+        Raises
+        ------
+        UnknownLayer
+            If nothing was gathered for it.
+        CalibrationError
+            If fewer tokens were gathered than a codebook has centroids.
+        """
+        if layer not in self._layers:
+            raise UnknownLayer(
+                f"layer {layer!r} has no statistics; there are {sorted(self._layers)}"
+            )
+        sums = self._layers[layer]
+        tokens, nonzero = float(sums["tokens"]), np.maximum(sums["nonzero"], 1.0)
+        if tokens < 256:
+            raise CalibrationError(f"layer {layer} saw {tokens:.0f} tokens; 256 are the least")
+        key_mean, key_covariance = _moments(sums["key_sum"], sums["key_moment"], np.asarray(tokens))
+        value_mean, value_covariance = _moments(sums["value_sum"], sums["value_moment"], nonzero)
+        head_dim = key_mean.shape[-1]
+        queries = float(sums["queries"])
+        moment = sums["query_moment"] / queries if queries else np.eye(head_dim)
+        return LayerStatistics(
+            key_mean=key_mean,
+            key_covariance=key_covariance,
+            query_moment=np.broadcast_to(moment, key_covariance.shape).copy(),
+            value_mean=value_mean,
+            value_covariance=value_covariance,
+            value_log_norm=sums["log_norm_sum"] / nonzero,
+            key_rows=sums["key_rows"],
+            value_rows=sums["value_rows"],
+        )
+
+    def save(self, path: str | PathLike[str], /) -> None:
+        """Write a safetensors file."""
+        from safetensors.numpy import save_file
+
+        arrays = {
+            f"{i}.{k}": np.asarray(v, order="C")
+            for i, s in self._layers.items()
+            for k, v in s.items()
+        }
+        settings = {"rows": self.rows, "skip": self.skip, "seed": self.seed}
+        metadata = {"settings": settings, "provenance": self.provenance}
+        facts = {name: json.dumps(value) for name, value in metadata.items()}
+        save_file(arrays, path, {"format": FORMAT, **facts})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], /) -> Calibration:
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        CalibrationError
+            If it is no such file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise CalibrationError(
+                        f"{path} is no calibration: its format is {metadata.get('format')!r}, "
+                        f"expected {FORMAT!r}"
+                    )
+                calibration = cls(**json.loads(metadata["settings"]))
+                calibration.provenance = json.loads(metadata.get("provenance", "{}"))
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    layer, _, key = name.partition(".")
+                    calibration._layers.setdefault(int(layer), {})[key] = file.get_tensor(name)
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
+            if isinstance(error, CalibrationError):
+                raise
+            raise CalibrationError(f"{path} is no calibration: {error}") from error
+        calibration._layers = dict(sorted(calibration._layers.items()))
+        return calibration
+
+    def _seen(self, layer: int) -> int:
+        return int(self._layers[layer]["tokens"]) if layer in self._layers else 0
+
+    def _check(self, layer: int, k: HostArray, v: HostArray, q: HostArray) -> None:
+        if k.shape[:-1] != v.shape[:-1]:
+            raise ShapeError(
+                f"k and v must agree in all sizes but the last, got {k.shape}, {v.shape}"
+            )
+        if q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
+            raise ShapeError(
+                f"q must have the batch and head_dim of k and a multiple of its heads, "
+                f"got q {q.shape}, k {k.shape}"
+            )
+        if layer in self._layers:
+            known = self._layers[layer]
+            heads, _, key_dim = known["key_rows"].shape
+            expected = (heads, key_dim, known["value_rows"].shape[-1])
+            found = (k.shape[1], k.shape[3], v.shape[3])
+            if expected != found:
+                raise ShapeError(
+                    f"layer {layer} has heads, head_dim of keys and values {expected}, got {found}"
+                )
+
+
+def plan(
+    calibration: Calibration,
+    /,
+    *,
+    bits: float | None = None,
+    budget_bytes: int | None = None,
+    tokens: int | None = None,
+    **options: Any,
+) -> Mapping[int, KVCacheCompressor]:
+    """Spread bits over layers, keys and values by the damage expected of their errors.
+
+    One water level for all coefficients of all layers: those of keys count by the mean square error
+    of the logits, those of values by that of the values over their norms.
+
+    Parameters
+    ----------
+    calibration : Calibration
+    bits : float, optional
+        Bits per value over the whole cache.
+    budget_bytes, tokens : int, optional
+        Instead of `bits`: bytes for that many tokens of one sequence in all layers.
+    **options
+        Of `KVCacheCompressor`, such as `sinks` and `window`; exact tokens come on top.
+
+    Returns
+    -------
+    mapping of layer to KVCacheCompressor
+
+    Raises
+    ------
+    SettingError
+        Unless either `bits`, or `budget_bytes` and `tokens`, are given.
+    """
+    statistics = {layer: calibration[layer] for layer in calibration.layers}
+    values = sum(s.key_mean.size + s.value_mean.size for s in statistics.values())
+    if budget_bytes is not None and tokens is not None and bits is None:
+        bits = 8 * budget_bytes / (tokens * values)
+    elif bits is None or budget_bytes is not None or tokens is not None:
+        raise SettingError("plan needs either bits, or budget_bytes and tokens")
+    norms = sum(8 * s.value_mean.shape[0] for s in statistics.values())
+    damages = [b(s).damage for s in statistics.values() for b in (key_bases, value_bases)]
+    level = water_level(damages, bits - norms / values)
+    compressors = {}
+    for layer, s in statistics.items():
+        keys, vals = key_bases(s).damage, value_bases(s).damage
+        spent = rates(keys, level).sum() + rates(vals, level).sum() + 8 * s.value_mean.shape[0]
+        share = min(max(float(spent / (keys.size + vals.size)), 0.25), 8.0)
+        compressors[layer] = KVCacheCompressor(TransformCoding(share, s), **options)
+    return compressors
+
+
+def _host(name: str, x: Array) -> HostArray:
+    array_namespace(x)
+    if dtype_name(x.dtype) not in FLOATING:
+        raise DTypeError(f"{name} must be one of {', '.join(FLOATING)}, got {dtype_name(x.dtype)}")
+    if x.ndim not in (3, 4):
+        raise ShapeError(f"{name} must be [batch, heads, seq_len, head_dim], got {tuple(x.shape)}")
+    host = to_host(x).astype(np.float64)
+    if not np.all(np.isfinite(host)):
+        raise NonFiniteError(f"{name} holds values that are not finite")
+    return host if host.ndim == 4 else host[None]
+
+
+def _tokens(x: HostArray) -> HostArray:
+    """``[batch, heads, seq_len, dim]`` to ``[heads, batch * seq_len, dim]``."""
+    batch, heads, length, dim = x.shape
+    return x.transpose(1, 0, 2, 3).reshape(heads, batch * length, dim)
+
+
+def _merge(
+    old: dict[str, HostArray] | None, new: dict[str, HostArray], rows: int
+) -> dict[str, HostArray]:
+    """Add sums, and keep the rows with the smallest tags of both."""
+    if old is not None:
+        joined = {"tags": 0, "key_rows": 1, "value_rows": 1}
+        new = {
+            name: np.concatenate([old[name], x], axis=joined[name])
+            if name in joined
+            else old[name] + x
+            for name, x in new.items()
+        }
+    if new["tags"].shape[0] > rows:
+        keep = np.sort(np.argpartition(new["tags"], rows)[:rows])
+        new = {
+            **new,
+            "tags": new["tags"][keep],
+            "key_rows": new["key_rows"][:, keep],
+            "value_rows": new["value_rows"][:, keep],
+        }
+    return new
+
+
+def _moments(total: HostArray, moment: HostArray, count: HostArray) -> tuple[HostArray, HostArray]:
+    """Mean and covariance from sums."""
+    mean = total / count[..., None]
+    return mean, moment / count[..., None, None] - mean[:, :, None] * mean[:, None, :]
+
+
+def _digest(arrays: Mapping[str, HostArray]) -> str:
+    digest = hashlib.sha256()
+    for name, x in sorted(arrays.items()):
+        digest.update(f"{name} {x.dtype.str} {x.shape}".encode())
+        digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""Rotated quantization: a random rotation makes every channel alike, and one codebook fits all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from kvcompress._namespace import Array, dtype_name, narrow
+from kvcompress.backend import Ops
+from kvcompress.errors import check_integer
+from kvcompress.methods.base import Method, Payload, Role, TensorSpec
+from kvcompress.ops.affine import AffineSpec, dequantize, quantize
+from kvcompress.ops.rotated import RotatedSpec, dequantize_rotated, quantize_rotated
+
+
+@dataclass(frozen=True)
+class RotatedQuantization(Method):
+    """Rotate every token at random and code it by the levels that suit normal numbers.
+
+    TurboQuant (Zandieh et al. 2025, arXiv 2504.19874) without its correction by projections: a
+    fast Hadamard transform with random signs, Lloyd-Max levels, and a gain for every token that is
+    best in squares. Needs no calibration and looks at no other token, but to code the gains, in
+    8 bits and blocks of 32 tokens. The squared error is about that of a normal source: .363, .117,
+    .0345, .0095 of the energy at 1, 2, 3, 4 bits, and a fourth with every further bit.
+
+    Parameters
+    ----------
+    bits : int
+        Bits of a code, 1 to 8.
+    seed : int
+        Of the signs of the rotation.
+
+    Raises
+    ------
+    SettingError
+        If a setting is out of range.
+    """
+
+    bits: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("bits", self.bits, 1, 8)
+        check_integer("seed", self.seed, 0)
+
+    def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
+        heads, tokens, head_dim = spec.shape
+        gains = _gains(spec.dtype)
+        ends = TensorSpec((heads, *gains.ends_shape(tokens, 1)), spec.dtype)
+        return {
+            "codes": TensorSpec((heads, *self._spec.codes_shape(tokens, head_dim)), "uint8"),
+            "gain_codes": TensorSpec((heads, *gains.codes_shape(tokens, 1)), "uint8"),
+            "gain_lower": ends,
+            "gain_upper": ends,
+        }
+
+    def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
+        dtype = dtype_name(x.dtype)
+        codes, gain = ops(quantize_rotated, x, spec=self._spec)
+        # Cast first: the gain of a token of 65504s, corrected, is a little more.
+        gain_codes, lower, upper = ops(quantize, narrow(gain, dtype), spec=_gains(dtype))
+        return {"codes": codes, "gain_codes": gain_codes, "gain_lower": lower, "gain_upper": upper}
+
+    def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
+        gain = ops(
+            dequantize,
+            payload["gain_codes"],
+            payload["gain_lower"],
+            payload["gain_upper"],
+            spec=_gains(spec.dtype),
+            channels=1,
+        )
+        channels = spec.shape[-1]
+        return ops(dequantize_rotated, payload["codes"], gain, spec=self._spec, channels=channels)
+
+    @property
+    def _spec(self) -> RotatedSpec:
+        return RotatedSpec(self.bits, self.seed)
+
+
+def _gains(dtype: str) -> AffineSpec:
+    return AffineSpec(8, 32, "channel", dtype)

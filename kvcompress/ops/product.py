@@ -1,0 +1,64 @@
+"""Product quantization with a codebook for every place: one byte for every sub-vector."""
+
+from __future__ import annotations
+
+from kvcompress._namespace import Array, array_namespace, device, map_blocks
+
+CODES = 256
+"""Centroids of a codebook: what a byte tells apart."""
+
+_DISTANCES = 2**20
+"""Distances held at a time: as many as stay in the cache of a core."""
+
+
+def encode_product(x: Array, *codebooks: Array) -> Array:
+    """Nearest centroid of every sub-vector.
+
+    Parameters
+    ----------
+    x : array ``[heads, tokens, channels]``, float32
+    *codebooks : arrays ``[heads, 256, dim]``, float32
+        One for each sub-vector, in the order of the channels; their `dim` add up to `channels`.
+
+    Returns
+    -------
+    array ``[heads, tokens, len(codebooks)]``, uint8
+    """
+    xp = array_namespace(x, *codebooks)
+    heads = x.shape[0]
+    tables = [(xp.sum(c * c, axis=-1)[:, None, :] / 2, xp.matrix_transpose(c)) for c in codebooks]
+
+    def block(rows: Array) -> Array:
+        rows, at, codes = xp.permute_dims(rows, (1, 0, 2)), 0, []
+        for half_norm, table in tables:
+            part = rows[..., at : at + table.shape[-2]]
+            at += table.shape[-2]
+            codes.append(xp.argmin(half_norm - part @ table, axis=-1))
+        return xp.permute_dims(xp.astype(xp.stack(codes, axis=-1), xp.uint8), (1, 0, 2))
+
+    rows = max(1, _DISTANCES // max(1, heads * CODES))
+    return xp.permute_dims(map_blocks(block, xp.permute_dims(x, (1, 0, 2)), rows), (1, 0, 2))
+
+
+def decode_product(codes: Array, *codebooks: Array) -> Array:
+    """Centroids that the codes stand for, side by side.
+
+    Parameters
+    ----------
+    codes : array ``[heads, tokens, len(codebooks)]``, uint8
+    *codebooks : arrays ``[heads, 256, dim]``
+
+    Returns
+    -------
+    array ``[heads, tokens, channels]``, dtype of the codebooks
+    """
+    xp = array_namespace(codes, *codebooks)
+    heads, tokens, _ = codes.shape
+    offset = xp.arange(heads, dtype=xp.int32, device=device(codes))[:, None, None] * CODES
+    index = xp.astype(codes, xp.int32) + offset
+    parts = []
+    for i, codebook in enumerate(codebooks):
+        rows = xp.reshape(codebook, (heads * CODES, codebook.shape[-1]))
+        part = xp.take(rows, xp.reshape(index[..., i], (heads * tokens,)), axis=0)
+        parts.append(xp.reshape(part, (heads, tokens, codebook.shape[-1])))
+    return xp.concat(parts, axis=-1)

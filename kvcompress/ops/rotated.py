@@ -1,0 +1,126 @@
+"""Gain-shape quantization: a rotated token is coded channel by channel, and its gain apart.
+
+TurboQuant, Zandieh et al. 2025, arXiv 2504.19874. The gain is not the token's norm but what brings
+the decoded token closest to it: ``<y, c> / <c, c>`` for the rotated token y and its levels c.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from kvcompress._namespace import Array, array_namespace, astype, device
+from kvcompress.ops.affine import TINY
+from kvcompress.ops.hadamard import hadamard, inverse_hadamard
+from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
+from kvcompress.ops.packing import pack, packed_size, unpack
+
+
+@dataclass(frozen=True)
+class RotatedSpec:
+    """How `quantize_rotated` codes ``[..., tokens, channels]``.
+
+    Parameters
+    ----------
+    bits : int
+        Bits of a code, 1 to 8.
+    seed : int
+        Of the signs of the rotation.
+    """
+
+    bits: int
+    seed: int
+
+    def codes_shape(self, tokens: int, channels: int) -> tuple[int, int]:
+        """Shape ``[tokens, bytes]`` of the packed codes."""
+        return tokens, packed_size(channels, self.bits)
+
+
+def quantize_rotated(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
+    """Rotate, quantize and pack.
+
+    Codes and gains are the same bits on all libraries where the number of channels is a power of
+    two: sums are of integers, or of two terms in a fixed order.
+
+    Parameters
+    ----------
+    x : array ``[..., tokens, channels]``, floating
+        Finite, magnitudes at most 2**126. Tokens of magnitudes under 2**-100 count as zero.
+    spec : RotatedSpec
+
+    Returns
+    -------
+    codes : array ``[..., *spec.codes_shape(tokens, channels)]``, uint8
+    gain : array ``[..., tokens, 1]``, float32
+        At least 0; of the size of the token's root mean square.
+    """
+    xp, shape = array_namespace(x), x.shape
+    x = astype(x, "float32")
+    # By the peak, so that nothing overflows, then by the root mean square.
+    peak = xp.max(xp.abs(x), axis=-1, keepdims=True)
+    zero = peak < TINY
+    x = hadamard(x * _inverse(peak, zero), seed=spec.seed)
+    rms = _sqrt(_dot(x, x) / shape[-1])
+    # Between two products, so that no compiler multiplies the factors first.
+    x = xp.where(zero, 0.0, x) * _inverse(rms, zero)
+    table = xp.asarray(cells(spec.bits), device=device(x))
+    cell = xp.floor(x * CELLS_PER_UNIT) + float(LARGEST * CELLS_PER_UNIT)
+    cell = xp.clip(cell, 0.0, table.shape[0] - 1.0)
+    codes = xp.take(table, xp.reshape(xp.astype(cell, xp.int32), (math.prod(shape),)))
+    level = xp.reshape(_levels(codes, spec.bits), shape)
+    gain = peak * rms * (_dot(x, level) / _dot(level, level))
+    return pack(xp.reshape(codes, shape), spec.bits), xp.where(zero, 0.0, gain)
+
+
+def dequantize_rotated(codes: Array, gain: Array, *, spec: RotatedSpec, channels: int) -> Array:
+    """Undo `quantize_rotated`.
+
+    Parameters
+    ----------
+    codes, gain : arrays
+        As `quantize_rotated` returned them; the gain may have been rounded since.
+    spec : RotatedSpec
+    channels : int
+
+    Returns
+    -------
+    array ``[..., tokens, channels]``, float32
+        Magnitudes at most 2**126.
+    """
+    xp = array_namespace(codes, gain)
+    codes = unpack(codes, spec.bits, channels)
+    level = _levels(xp.reshape(codes, (math.prod(codes.shape),)), spec.bits)
+    x = inverse_hadamard(xp.reshape(level, codes.shape), seed=spec.seed)
+    # No source was larger, so this cannot hurt, and float32 cannot overflow.
+    return xp.clip(x * astype(gain, "float32"), -(2.0**126), 2.0**126)
+
+
+def _inverse(scale: Array, zero: Array) -> Array:
+    """Inverse of the scale of every token; an array divided by tokens' scales would be inexact."""
+    xp = array_namespace(scale)
+    return xp.where(zero, 0.0, xp.ones_like(scale) / xp.where(zero, 1.0, scale))
+
+
+def _sqrt(x: Array) -> Array:
+    """Square roots of numbers from 2**-20 to 2, by Heron; PyTorch's are off by a last bit."""
+    root = (x + 1.0) / 2
+    for _ in range(14):
+        root = (root + x / root) / 2
+    return root
+
+
+def _levels(codes: Array, bits: int) -> Array:
+    xp = array_namespace(codes)
+    table = xp.asarray(levels(bits), device=device(codes))
+    return xp.take(table, xp.astype(codes, xp.int32))
+
+
+def _dot(x: Array, y: Array) -> Array:
+    """Inner products along the last axis, of products rounded so that float32 adds them exactly.
+
+    The root mean squares of `x` and `y` are at most 1.5 or so. Whole numbers below 2**24 have the
+    same sum in any order, whatever a library takes.
+    """
+    xp = array_namespace(x, y)
+    unit = 2.0 ** (22 - (x.shape[-1] - 1).bit_length())
+    return xp.sum(xp.round(x * y * unit), axis=-1, keepdims=True) / unit

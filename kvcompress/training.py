@@ -1,0 +1,170 @@
+"""Bases and codebooks of transform coding, trained on the statistics of a layer; on the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from kvcompress.layer_statistics import HostArray, LayerStatistics
+from kvcompress.ops.kmeans import kmeans
+from kvcompress.ops.product import CODES
+
+ITERATIONS = 12
+"""Rounds of k-means."""
+
+RIDGE = 1e-3
+"""Weight of directions that no query reads, over the mean weight."""
+
+
+@dataclass(frozen=True, eq=False)
+class RoleCode:
+    """What codes the keys, or the unit values, of one layer; float32 NumPy arrays on the host.
+
+    Attributes
+    ----------
+    mean : array ``[heads, 1, head_dim]``
+    forward : array ``[heads, head_dim, components]``
+        Takes what is about the mean to coefficients.
+    backward : array ``[heads, components, head_dim]``
+        Takes coefficients back.
+    codebooks : tuple of arrays ``[heads, 256, dim]``
+        One for each sub-vector of the coefficients.
+    """
+
+    mean: HostArray
+    forward: HostArray
+    backward: HostArray
+    codebooks: tuple[HostArray, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Bases:
+    """Full bases of one role, float64, with the variance of every coefficient.
+
+    `damage` is that variance in units that compare between keys, values and layers: the mean
+    square error of the attention logits, or of the values over their norms, if it is not coded.
+    """
+
+    mean: HostArray
+    forward: HostArray
+    backward: HostArray
+    damage: HostArray
+
+
+def key_bases(statistics: LayerStatistics) -> Bases:
+    """Coefficients whose squared error is the mean square error of the logits, times head_dim."""
+    moment = statistics.query_moment
+    head_dim = moment.shape[-1]
+    weight = np.trace(moment, axis1=1, axis2=2)[:, None, None] / head_dim
+    weight = np.where(weight > 0, weight, 1.0)
+    root = np.linalg.cholesky(moment + RIDGE * weight * np.eye(head_dim))
+    rooted = np.swapaxes(root, 1, 2) @ statistics.key_covariance @ root
+    variances, vectors = np.linalg.eigh(-rooted)
+    forward = root @ vectors
+    return Bases(
+        statistics.key_mean, forward, np.linalg.inv(forward), _positive(-variances) / head_dim
+    )
+
+
+def value_bases(statistics: LayerStatistics) -> Bases:
+    """Principal components of the values over their norms."""
+    variances, vectors = np.linalg.eigh(-statistics.value_covariance)
+    backward = np.swapaxes(vectors, 1, 2)
+    return Bases(statistics.value_mean, vectors, backward, _positive(-variances))
+
+
+def rates(damage: HostArray, level: float) -> HostArray:
+    """Bits every coefficient deserves at a water level: ``log2(damage / level) / 2``, 0 to 8."""
+    return np.clip(np.log2(damage / level) / 2, 0.0, 8.0)  # a byte is all that one can get
+
+
+def water_level(damages: list[HostArray], bits: float) -> float:
+    """Water level at which the coefficients of all `damages` deserve `bits` on average."""
+    low, high = -200.0, 200.0
+    every = np.concatenate([np.ravel(damage) for damage in damages])
+    for _ in range(100):
+        middle = (low + high) / 2
+        spent = float(np.mean(rates(every, 2.0**middle)))
+        low, high = (middle, high) if spent > bits else (low, middle)
+    return float(2.0**high)
+
+
+def code_bytes(statistics: LayerStatistics, bits: float) -> tuple[int, int]:
+    """Bytes of code that a head spends on the key and on the value of a token.
+
+    Together with the byte of the value's norm they come to `bits` per value.
+    """
+    keys, values = key_bases(statistics).damage, value_bases(statistics).damage
+    key_dim, value_dim = keys.shape[-1], values.shape[-1]
+    total = max(2, round(bits * (key_dim + value_dim) / 8) - 1)
+    level = water_level([keys, values], 8 * total / (key_dim + value_dim))
+    wanted = float(np.mean(np.sum(rates(keys, level), axis=-1))) / 8
+    key_bytes = min(max(1, total - value_dim, round(wanted)), key_dim, total - 1)
+    return key_bytes, min(total - key_bytes, value_dim)
+
+
+@lru_cache(maxsize=1024)
+def train_keys(statistics: LayerStatistics, count: int) -> RoleCode:
+    """Train the code of `count` bytes per head and key."""
+    return _train(key_bases(statistics), statistics.key_rows, count)
+
+
+@lru_cache(maxsize=1024)
+def train_values(statistics: LayerStatistics, count: int) -> RoleCode:
+    """Train the code of `count` bytes per head and value, besides the byte of its norm."""
+    return _train(value_bases(statistics), statistics.value_rows, count)
+
+
+def _train(bases: Bases, rows: HostArray, count: int) -> RoleCode:
+    heads, _, head_dim = rows.shape
+    level = water_level([bases.damage], 8 * count / head_dim)
+    dims = split_dims(np.mean(rates(bases.damage, level), axis=0), count)
+    used = sum(dims)
+    forward = np.asarray(bases.forward[..., :used], dtype=np.float32)
+    mean = np.asarray(bases.mean[:, None, :], dtype=np.float32)
+    coefficients = (rows.astype(np.float32) - mean) @ forward
+    parts = np.split(coefficients, np.cumsum(dims)[:-1], axis=-1)
+    codebooks = tuple(
+        np.stack(
+            [
+                kmeans(np.ascontiguousarray(part[h]), CODES, iterations=ITERATIONS, seed=h)
+                for h in range(heads)
+            ]
+        )
+        for part in parts
+    )
+    backward = np.asarray(bases.backward[:, :used, :], dtype=np.float32)
+    return RoleCode(mean, forward, backward, codebooks)
+
+
+def split_dims(bits: HostArray, count: int) -> tuple[int, ...]:
+    """Cut coefficients into `count` runs of about equal bits, each of at least one.
+
+    Parameters
+    ----------
+    bits : array ``[coefficients]``
+        Bits each deserves, falling; those at the end that deserve none are left out.
+    count : int
+        1 to the number of coefficients.
+
+    Returns
+    -------
+    tuple of int
+        Coefficients in every run.
+    """
+    used = max(count, int(np.sum(bits > 0.02)))
+    spent = np.cumsum(bits[:used])
+    cuts = [0]
+    for run in range(1, count):
+        end = int(np.argmin(np.abs(spent - spent[-1] * run / count))) + 1
+        cuts.append(min(max(end, cuts[-1] + 1), used - (count - run)))
+    return tuple(np.diff([*cuts, used]).tolist())
+
+
+def _positive(variances: HostArray) -> HostArray:
+    """Variances without the zeros, or less, that rounding leaves."""
+    floor = 1e-9 * np.max(variances, axis=-1, keepdims=True) + 1e-30
+    positive: HostArray = np.maximum(variances, floor)
+    return positive

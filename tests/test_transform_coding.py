@@ -1,0 +1,265 @@
+"""Transform coding: its bases, its bytes, and what it does to attention."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kvcompress import (
+    Calibration,
+    CalibrationError,
+    CompressedKV,
+    KVCacheCompressor,
+    LowRank,
+    SettingError,
+    TransformCoding,
+    metrics,
+    plan,
+)
+from kvcompress.methods import Method, TensorSpec
+from kvcompress.ops import decode_product, encode_product
+from kvcompress.training import (
+    RoleCode,
+    code_bytes,
+    key_bases,
+    rates,
+    split_dims,
+    train_keys,
+    value_bases,
+    water_level,
+)
+
+HEADS, GROUP, DIM, VALUE_DIM = 2, 3, 8, 6
+
+
+def make(tokens: int, seed: int, batch: int = 1, dims: tuple[int, int] = (DIM, VALUE_DIM)):
+    """Keys, values and queries of correlated channels, with a mean and tokens of unequal size."""
+    rng, model = np.random.default_rng(seed), np.random.default_rng(7)
+    (d, e), shape = dims, (batch, HEADS, tokens)
+    falling = 0.75 ** np.arange(d)
+    k = rng.standard_normal((*shape, d)) * falling @ model.standard_normal((HEADS, d, d))
+    k += 3 * model.standard_normal((HEADS, 1, d))
+    v = rng.standard_normal((*shape, e)) * falling[:e]
+    v = v @ model.standard_normal((HEADS, e, e)) + 0.1
+    v *= np.exp(rng.standard_normal((*shape, 1)))
+    readers = model.standard_normal((HEADS * GROUP, d, d)) * falling[::-1]
+    q = rng.standard_normal((batch, HEADS * GROUP, tokens, d)) @ readers / 4
+    return k.astype("float32"), v.astype("float32"), q.astype("float32")
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    calibration = Calibration(rows=1024, skip=0)
+    for seed in range(4):
+        calibration.update(0, *make(512, seed))
+    return calibration
+
+
+@pytest.mark.parametrize("bits", [1.2, 3.0])
+def test_everywhere(xp, calibration, bits):
+    """The same in and out on every library, of the promised size, under the tracer too."""
+    compressor = KVCacheCompressor(
+        TransformCoding(bits, calibration[0], exact=0.02), sinks=2, window=3
+    )
+    for dtype in xp.few(xp.dtypes):
+        k, v, _ = make(60, 99, batch=2)
+        k, v = (xp.asarray(x.astype(_dtype(dtype))) for x in (k, v))
+        compressed = xp.run(compressor.compress_kv, k, v)
+        assert compressed.nbytes == compressor.estimate_size(k.shape, v.shape, dtype=dtype)
+        restored = xp.run(compressor.decompress_kv, compressed)
+        for x, y in zip((k, v), restored, strict=True):
+            assert xp.owns(y)
+            assert (y.shape, y.dtype) == (x.shape, x.dtype)
+            x, y = (xp.numpy(a).astype(np.float64) for a in (x, y))
+            np.testing.assert_array_equal(y[:, :, :2], x[:, :, :2])
+            np.testing.assert_array_equal(y[:, :, -3:], x[:, :, -3:])
+            error = metrics.relative_mse(x - x.mean(2, keepdims=True), y - x.mean(2, keepdims=True))
+            assert error < {1.2: 0.5, 3.0: 0.2}[bits]
+
+
+def test_codes_agree_with_numpy(xp, calibration):
+    """Projections differ in the last place by library; hardly a code may."""
+    compressor = KVCacheCompressor(TransformCoding(2, calibration[0]))
+    k, v, _ = make(300, 5)
+    ours = xp.run(compressor.compress_kv, xp.asarray(k), xp.asarray(v))
+    numpy = compressor.compress_kv(k, v)
+    for role in ("keys", "values"):
+        for name, array in getattr(numpy, role).payload.items():
+            other = xp.numpy(getattr(ours, role).payload[name])
+            assert np.sum(other != array) <= 1e-3 * array.size, (role, name)
+
+
+@pytest.mark.parametrize(("tokens", "batch"), [(0, 1), (1, 1), (5, 0), (0, 0)])
+def test_empty(xp, calibration, tokens, batch):
+    compressor = KVCacheCompressor(TransformCoding(2, calibration[0], exact=0.5))
+    k, v, _ = make(tokens, 0, batch)
+    compressed = xp.run(compressor.compress_kv, xp.asarray(k), xp.asarray(v))
+    restored = xp.run(compressor.decompress_kv, compressed)
+    assert [tuple(x.shape) for x in restored] == [k.shape, v.shape]
+
+
+def test_zeros_and_extremes(xp, calibration):
+    """Zero values stay zero; tokens no calibration foresaw stay finite."""
+    compressor = KVCacheCompressor(TransformCoding(2, calibration[0]))
+    k, v = np.zeros((1, HEADS, 6, DIM), "float32"), np.zeros((1, HEADS, 6, VALUE_DIM), "float32")
+    k[:, :, 1], v[:, :, 1] = 2.0**120, -(2.0**120)
+    k[:, :, 2], v[:, :, 2] = 2.0**-130, 2.0**-120
+    compressed = xp.run(compressor.compress_kv, xp.asarray(k), xp.asarray(v))
+    restored = xp.run(compressor.decompress_kv, compressed)
+    restored = [xp.numpy(x) for x in restored]
+    assert all(np.all(np.isfinite(x)) for x in restored)
+    np.testing.assert_array_equal(restored[1][:, :, [0, 3, 4, 5]], 0.0)
+
+
+def test_product_codes_against_loops(xp):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 9, 7)).astype("float32")
+    books = [rng.standard_normal((2, 256, d)).astype("float32") for d in (1, 4, 2)]
+    codes = xp.numpy(encode_product(xp.asarray(x), *map(xp.asarray, books)))
+    decoded = xp.numpy(decode_product(xp.asarray(codes), *map(xp.asarray, books)))
+    for h in range(2):
+        for t in range(9):
+            start = 0
+            for i, book in enumerate(books):
+                part = slice(start, start + book.shape[2])
+                distance = ((book[h].astype("float64") - x[h, t, part]) ** 2).sum(-1)
+                assert distance[codes[h, t, i]] <= distance.min() + 1e-5
+                np.testing.assert_array_equal(decoded[h, t, part], book[h, codes[h, t, i]])
+                start = part.stop
+
+
+def test_key_basis_measures_logits(calibration):
+    """Squared error of the coefficients = mean square of what queries see of it."""
+    statistics, rng = calibration[0], np.random.default_rng(1)
+    bases = key_bases(statistics)
+    error = rng.standard_normal((HEADS, 5, DIM))
+    coefficients = ((error @ bases.forward) ** 2).sum(-1)
+    seen = np.einsum("htd,hde,hte->ht", error, statistics.query_moment, error)
+    np.testing.assert_allclose(coefficients, seen, rtol=0.1)  # the ridge adds some
+    whitened = np.swapaxes(bases.forward, 1, 2) @ statistics.key_covariance @ bases.forward
+    diagonal = np.diagonal(whitened, axis1=1, axis2=2)
+    np.testing.assert_allclose(diagonal / DIM, bases.damage, rtol=1e-6, atol=1e-9)
+    assert np.all(np.abs(whitened - np.eye(DIM) * diagonal[:, None]) < 1e-8 * diagonal[:, :1, None])
+    identity = bases.forward @ bases.backward
+    np.testing.assert_allclose(identity, np.broadcast_to(np.eye(DIM), identity.shape), atol=1e-8)
+
+
+def test_water_level(calibration):
+    damages = [f(calibration[0]).damage for f in (key_bases, value_bases)]
+    for bits in (0.5, 2.0, 6.0):
+        level = water_level(damages, bits)
+        spent = np.concatenate([rates(d, level).ravel() for d in damages])
+        assert abs(spent.mean() - bits) < 1e-9
+        assert sum(code_bytes(calibration[0], bits)) == max(2, round(bits * 14 / 8) - 1)
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_split_dims(count):
+    bits = np.array([6.0, 5.0, 3.0, 2.0, 1.0, 0.5, 0.1, 0.05, 0.0, 0.0])
+    dims = split_dims(bits, count)
+    assert len(dims) == count
+    assert min(dims) >= 1
+    assert sum(dims) == 8
+    spent = [part.sum() for part in np.split(bits[:8], np.cumsum(dims)[:-1])]
+    assert max(spent) <= bits.sum() / count + 6.0
+
+
+def test_more_bits_less_error_and_queries_help():
+    """Against attention itself: fewer errors with more bits, and with queries than without."""
+    dims = (24, 16)
+    k, v, q = make(400, 50, dims=dims)
+    calibration = Calibration(rows=1024, skip=0)
+    for seed in range(4):
+        calibration.update(0, *make(512, seed, dims=dims))
+
+    def error(code: RoleCode) -> float:
+        y = encode_product((k[0] - code.mean) @ code.forward, *code.codebooks)
+        decoded = decode_product(y, *code.codebooks) @ code.backward + code.mean
+        return metrics.attention_error(q[:, :, -200:], (k, v), (decoded[None], v))
+
+    statistics = calibration[0]
+    errors = [error(train_keys(statistics, count)) for count in (2, 4, 8)]
+    assert all(b < 0.8 * a for a, b in itertools.pairwise(errors))
+    blind = replace(statistics, query_moment=np.broadcast_to(np.eye(24), (HEADS, 24, 24)))
+    assert errors[1] < 0.8 * error(train_keys(blind, 4))
+
+
+def test_containers_carry_the_fingerprint_only(calibration):
+    method = TransformCoding(2, calibration[0])
+    k, v, _ = make(40, 1)
+    compressed = KVCacheCompressor(method).compress_kv(k, v)
+    packed = pickle.dumps(compressed)
+    assert len(packed) < compressed.nbytes + 4000
+    copy: CompressedKV = pickle.loads(packed)
+    assert copy.keys.method.calibration == calibration[0].fingerprint
+    for x, y in zip(
+        KVCacheCompressor(method).decompress_kv(copy),
+        KVCacheCompressor(method).decompress_kv(compressed),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+    # Another rate with the same calibration decodes too: what is compressed knows its own.
+    KVCacheCompressor(TransformCoding(3, calibration[0])).decompress_kv(copy)
+    other = Calibration(rows=256, skip=0)
+    other.update(0, *make(300, 9))
+    with pytest.raises(CalibrationError, match=calibration[0].fingerprint[:12]):
+        KVCacheCompressor(TransformCoding(2, other[0])).decompress_kv(copy)
+    with pytest.raises(CalibrationError, match="decompress it with"):
+        KVCacheCompressor(LowRank(2)).decompress_kv(copy)
+
+
+def test_settings_round_trip_by_fingerprint(calibration):
+    method = TransformCoding(1.5, calibration[0], exact=0.1)
+    again = Method.from_dict(json.loads(json.dumps(method.to_dict())))
+    assert again == method.detach()
+    assert again.attach(method) == method
+    with pytest.raises(CalibrationError, match="only named"):
+        again.encoded_spec(TensorSpec((HEADS, 4, DIM), "float32"), "keys")
+
+
+@pytest.mark.parametrize("bits", [0, 0.2, 9, "2", None, True, float("nan")])
+def test_bits_out_of_range(calibration, bits):
+    with pytest.raises(SettingError, match=r"from 0\.25 to 8"):
+        TransformCoding(bits, calibration[0])
+
+
+def test_wrong_shapes_and_calibrations(calibration):
+    compressor = KVCacheCompressor(TransformCoding(2, calibration[0]))
+    k, v, _ = make(4, 0)
+    with pytest.raises(SettingError, match=f"{HEADS} heads of {DIM} keys"):
+        compressor.compress_kv(k[..., :-1], v)
+    with pytest.raises(SettingError, match=f"{HEADS} heads of {DIM} keys"):
+        compressor.compress_kv(k[:, :1], v[:, :1])
+    with pytest.raises(SettingError, match="calibration must be"):
+        TransformCoding(2, calibration)
+
+
+def test_plan_spreads_bits():
+    """A layer whose keys matter more gets more; budget and bits mean the same."""
+    both = Calibration(rows=1024, skip=0)
+    for seed in range(4):
+        k, v, q = make(512, seed)
+        both.update(0, k, v, q)
+        both.update(1, 16 * k, v, q)
+    compressors = plan(both, bits=3, sinks=4)
+    low, high = (compressors[i].method.bits for i in (0, 1))
+    assert low + 1 < high
+    assert abs((low + high) / 2 - 3) < 0.05
+    assert compressors[0].sinks == 4
+    values = 2 * HEADS * (DIM + VALUE_DIM)
+    budget = plan(both, budget_bytes=values * 3 * 100 // 8, tokens=100, sinks=4)
+    assert [c.method.bits for c in budget.values()] == [c.method.bits for c in compressors.values()]
+    for wrong in ({}, {"bits": 2, "tokens": 5}, {"budget_bytes": 5}):
+        with pytest.raises(SettingError, match="either bits, or budget_bytes and tokens"):
+            plan(both, **wrong)
+
+
+def _dtype(name: str):
+    import ml_dtypes
+
+    return np.dtype(getattr(ml_dtypes, name)) if name == "bfloat16" else np.dtype(name)
