@@ -53,6 +53,7 @@ class Bases:
     damage: HostArray
 
 
+@lru_cache(maxsize=256)
 def key_bases(statistics: LayerStatistics) -> Bases:
     """Coefficients whose squared error is the mean square error of the logits, times head_dim."""
     moment = statistics.query_moment
@@ -68,6 +69,7 @@ def key_bases(statistics: LayerStatistics) -> Bases:
     )
 
 
+@lru_cache(maxsize=256)
 def value_bases(statistics: LayerStatistics) -> Bases:
     """Principal components of the values over their norms."""
     variances, vectors = np.linalg.eigh(-statistics.value_covariance)
