@@ -216,12 +216,22 @@ class KVCacheCompressor:
         key_shape, value_shape : tuple of int
             ``(..., seq_len, head_dim)``; the values' are the keys' if left out.
         dtype : {"float16", "bfloat16", "float32"}
+
+        Raises
+        ------
+        DTypeError, ShapeError, SettingError
         """
         if dtype not in FLOATING:
             raise DTypeError(f"dtype must be one of {', '.join(FLOATING)}, got {dtype!r}")
+        value_shape = key_shape if value_shape is None else value_shape
+        if len(key_shape) < 2 or tuple(key_shape[:-1]) != tuple(value_shape[:-1]):
+            raise ShapeError(
+                "shapes must be (..., seq_len, head_dim) and agree in all sizes but the last, "
+                f"got {tuple(key_shape)} and {tuple(value_shape)}"
+            )
         total = 0
         shapes: tuple[tuple[Role, tuple[int, ...]], ...]
-        shapes = ("keys", key_shape), ("values", value_shape or key_shape)
+        shapes = ("keys", key_shape), ("values", value_shape)
         for role, shape in shapes:
             coded, exact = self._split_spec(shape, dtype)
             encoded = self._method(role).encoded_spec(coded, role)

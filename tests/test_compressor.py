@@ -373,3 +373,9 @@ def test_a_bad_call_changes_nothing():
     with pytest.raises(NonFiniteError):
         KVCacheCompressor(LowRank(2)).compress_kv(k, v)
     assert (k.tobytes(), v.tobytes()) == before
+
+
+@pytest.mark.parametrize("shapes", [((4,), None), ((2, 3, 4), (3, 3, 4)), ((2, 3, 4), (4,))])
+def test_estimate_size_refuses_shapes_that_do_not_fit(shapes):
+    with pytest.raises(ShapeError, match=r"agree in all sizes but the last"):
+        KVCacheCompressor(LowRank(2)).estimate_size(*shapes)
