@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from os import PathLike
@@ -21,7 +20,7 @@ from kvcompress.errors import (
     UnknownLayer,
     check_integer,
 )
-from kvcompress.layer_statistics import HostArray, LayerStatistics
+from kvcompress.layer_statistics import HostArray, LayerStatistics, digest
 from kvcompress.methods.transform_coding import TransformCoding
 from kvcompress.training import key_bases, rates, value_bases, water_level
 
@@ -78,7 +77,7 @@ class Calibration:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over all statistics, in hexadecimal."""
-        return _digest({f"{i}.{k}": v for i, sums in self._layers.items() for k, v in sums.items()})
+        return digest({f"{i}.{k}": v for i, sums in self._layers.items() for k, v in sums.items()})
 
     def update(self, layer: int, k: Array, v: Array, q: Array | None = None, /) -> None:
         """Add the tokens of whole sequences to the statistics of a layer, or change nothing.
@@ -347,11 +346,3 @@ def _moments(total: HostArray, moment: HostArray, count: HostArray) -> tuple[Hos
     """Mean and covariance from sums."""
     mean = total / count[..., None]
     return mean, moment / count[..., None, None] - mean[:, :, None] * mean[:, None, :]
-
-
-def _digest(arrays: Mapping[str, HostArray]) -> str:
-    digest = hashlib.sha256()
-    for name, x in sorted(arrays.items()):
-        digest.update(f"{name} {x.dtype.str} {x.shape}".encode())
-        digest.update(np.ascontiguousarray(x).tobytes())
-    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -10,6 +11,15 @@ from typing import Any, TypeAlias
 import numpy as np
 
 HostArray: TypeAlias = np.ndarray[Any, Any]
+
+
+def digest(arrays: Mapping[str, HostArray]) -> str:
+    """SHA-256 over names, dtypes, shapes and values of arrays, in hexadecimal."""
+    sha = hashlib.sha256()
+    for name, x in sorted(arrays.items()):
+        sha.update(f"{name} {x.dtype.str} {x.shape}".encode())
+        sha.update(x.tobytes())
+    return sha.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +56,7 @@ class LayerStatistics:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all values, in hexadecimal."""
-        digest = hashlib.sha256()
-        for field in fields(self):
-            x = np.ascontiguousarray(getattr(self, field.name))
-            digest.update(f"{field.name} {x.dtype.str} {x.shape}".encode())
-            digest.update(x.tobytes())
-        return digest.hexdigest()
+        return digest({field.name: getattr(self, field.name) for field in fields(self)})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LayerStatistics) and self.fingerprint == other.fingerprint

@@ -152,6 +152,6 @@ def test_blocks_give_the_same(xp, rows):
 def test_nearest_and_kmeans_in_blocks(monkeypatch, distances):
     x, codebook = vectors(), vectors(1, (6, DIM))
     codes, book = nearest(x, codebook), kmeans(x, 6, iterations=2, seed=0)
-    monkeypatch.setattr(MODULE, "_DISTANCES", distances)
+    monkeypatch.setattr(MODULE, "DISTANCES", distances)
     np.testing.assert_array_equal(nearest(x, codebook), codes)
     np.testing.assert_array_equal(kmeans(x, 6, iterations=2, seed=0), book)

@@ -21,9 +21,8 @@ class VectorQuantization(Method):
     """Code every sub-vector by the nearest centroid of a codebook trained on the tensor itself.
 
     Product quantization (Jegou et al. 2011, doi 10.1109/TPAMI.2010.57): the head vector is cut into
-    ``head_dim / vector_dim`` sub-vectors. All of them, of all heads, share one codebook: at equal
-    bytes one large codebook serves better than many small ones. The tokens it serves worst are
-    kept exact.
+    ``head_dim / vector_dim`` sub-vectors. All of them, of all heads, share one codebook, and so
+    its bytes. The tokens it serves worst are kept exact.
 
     Parameters
     ----------

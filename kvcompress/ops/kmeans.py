@@ -11,10 +11,10 @@ import numpy as np
 from kvcompress._namespace import Array, array_namespace, device, map_blocks
 
 SAMPLES_PER_CODE = 64
-"""Vectors that train one centroid; more hardly move it."""
+"""Vectors at most that train one centroid."""
 
-_DISTANCES = 2**20
-"""Distances held at a time: as many as stay in the cache of a core."""
+DISTANCES = 2**20
+"""Distances held at a time."""
 
 
 def kmeans(x: Array, codebook_size: int, *, iterations: int, seed: int) -> Array:
@@ -75,7 +75,7 @@ def nearest(x: Array, codebook: Array) -> Array:
     def block(rows: Array) -> Array:
         return xp.astype(xp.argmin(half_norm - rows @ codebook.T, axis=-1), xp.int32)
 
-    return map_blocks(block, x, max(1, _DISTANCES // codebook.shape[0]))
+    return map_blocks(block, x, max(1, DISTANCES // codebook.shape[0]))
 
 
 def lookup(codes: Array, codebook: Array) -> Array:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from kvcompress._namespace import Array, array_namespace, device, map_blocks
+from kvcompress.ops.kmeans import DISTANCES
 
 CODES = 256
 """Centroids of a codebook: what a byte tells apart."""
-
-_DISTANCES = 2**20
-"""Distances held at a time: as many as stay in the cache of a core."""
 
 
 def encode_product(x: Array, *codebooks: Array) -> Array:
@@ -36,7 +34,7 @@ def encode_product(x: Array, *codebooks: Array) -> Array:
             codes.append(xp.argmin(half_norm - part @ table, axis=-1))
         return xp.permute_dims(xp.astype(xp.stack(codes, axis=-1), xp.uint8), (1, 0, 2))
 
-    rows = max(1, _DISTANCES // max(1, heads * CODES))
+    rows = max(1, DISTANCES // max(1, heads * CODES))
     return xp.permute_dims(map_blocks(block, xp.permute_dims(x, (1, 0, 2)), rows), (1, 0, 2))
 
 
