@@ -1,7 +1,7 @@
 """Compression of transformer KV caches on any array library."""
 
 from kvcompress.caches import MlaCompressedKVCache, MultiHeadLatentAttention, PagedKVCache
-from kvcompress.calibration import Calibration, plan
+from kvcompress.calibration import Calibration
 from kvcompress.compressed import CompressedKV, CompressedTensor, KVLayout
 from kvcompress.compressor import KVCacheCompressor
 from kvcompress.errors import (
@@ -31,6 +31,7 @@ from kvcompress.methods import (
     TransformCoding,
     VectorQuantization,
 )
+from kvcompress.plan import Plan, plan
 from kvcompress.rope import RoPE
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ __all__ = [
     "NonFiniteError",
     "OutOfBlocks",
     "PagedKVCache",
+    "Plan",
     "RoPE",
     "RotatedQuantization",
     "SequenceExists",

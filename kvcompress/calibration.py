@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
 from kvcompress._namespace import FLOATING, Array, array_namespace, dtype_name, to_host
-from kvcompress.compressor import KVCacheCompressor
 from kvcompress.errors import (
     CalibrationError,
     DTypeError,
     NonFiniteError,
-    SettingError,
     ShapeError,
     UnknownLayer,
     check_integer,
 )
 from kvcompress.layer_statistics import HostArray, LayerStatistics, digest
-from kvcompress.methods.transform_coding import TransformCoding
-from kvcompress.training import key_bases, rates, value_bases, water_level
 
 FORMAT = "kvcompress.calibration.1"
 
@@ -248,57 +243,6 @@ class Calibration:
                 raise ShapeError(
                     f"layer {layer} has heads, head_dim of keys and values {expected}, got {found}"
                 )
-
-
-def plan(
-    calibration: Calibration,
-    /,
-    *,
-    bits: float | None = None,
-    budget_bytes: int | None = None,
-    tokens: int | None = None,
-    **options: Any,
-) -> Mapping[int, KVCacheCompressor]:
-    """Spread bits over layers, keys and values by the damage expected of their errors.
-
-    One water level for all coefficients of all layers: those of keys count by the mean square error
-    of the logits, those of values by that of the values over their norms.
-
-    Parameters
-    ----------
-    calibration : Calibration
-    bits : float, optional
-        Bits per value over the whole cache.
-    budget_bytes, tokens : int, optional
-        Instead of `bits`: bytes for that many tokens of one sequence in all layers.
-    **options
-        Of `KVCacheCompressor`, such as `sinks` and `window`; exact tokens come on top.
-
-    Returns
-    -------
-    mapping of layer to KVCacheCompressor
-
-    Raises
-    ------
-    SettingError
-        Unless either `bits`, or `budget_bytes` and `tokens`, are given.
-    """
-    statistics = {layer: calibration[layer] for layer in calibration.layers}
-    values = sum(s.key_mean.size + s.value_mean.size for s in statistics.values())
-    if budget_bytes is not None and tokens is not None and bits is None:
-        bits = 8 * budget_bytes / (tokens * values)
-    elif bits is None or budget_bytes is not None or tokens is not None:
-        raise SettingError("plan needs either bits, or budget_bytes and tokens")
-    norms = sum(8 * s.value_mean.shape[0] for s in statistics.values())
-    damages = [b(s).damage for s in statistics.values() for b in (key_bases, value_bases)]
-    level = water_level(damages, bits - norms / values)
-    compressors = {}
-    for layer, s in statistics.items():
-        keys, vals = key_bases(s).damage, value_bases(s).damage
-        spent = rates(keys, level).sum() + rates(vals, level).sum() + 8 * s.value_mean.shape[0]
-        share = min(max(float(spent / (keys.size + vals.size)), 0.25), 8.0)
-        compressors[layer] = KVCacheCompressor(TransformCoding(share, s), **options)
-    return compressors
 
 
 def _host(name: str, x: Array) -> HostArray:

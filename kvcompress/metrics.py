@@ -106,6 +106,61 @@ def attention_error(
     return relative_error(attention(q, *original), attention(q, *restored))
 
 
+def rate_bound(
+    q: HostArray, original: tuple[HostArray, HostArray], restored: tuple[HostArray, HostArray], /
+) -> float:
+    """Bits per value that normal keys and values of these covariances need for these errors.
+
+    Reverse water-filling (Cover and Thomas, Elements of Information Theory, section 10.3.3), head
+    by head: of the keys in the metric of the queries, in which the squared error is that of the
+    logits, and of the values over their norms. What a codec spends above it is what better coding
+    could save on normal sources; others may need less.
+
+    Parameters
+    ----------
+    q : array ``[num_heads, num_queries, head_dim]``
+        Any queries that read these keys.
+    original, restored : pairs of arrays ``[num_kv_heads, tokens, head_dim]``
+        Keys and values.
+
+    Returns
+    -------
+    float
+        Infinite where there is no error, NaN without tokens or queries.
+    """
+    (k, v), (k_restored, v_restored) = (
+        tuple(x.astype(np.float64) for x in pair) for pair in (original, restored)
+    )
+    heads, tokens, head_dim = k.shape
+    if not tokens or not q.size:
+        return float("nan")
+    queries = q.astype(np.float64).reshape(heads, -1, head_dim)
+    moment = np.swapaxes(queries, 1, 2) @ queries / queries.shape[1]
+    values, vectors = np.linalg.eigh(moment)
+    root = vectors * np.sqrt(np.maximum(values, 0.0))[:, None, :]
+    norm = np.linalg.norm(v, axis=-1, keepdims=True)
+    norm = np.where(norm > 0, norm, 1.0)
+    total = _rate(k @ root, k_restored @ root) + _rate(v / norm, v_restored / norm)
+    return total / (heads * (head_dim + v.shape[-1]))
+
+
+def _rate(x: HostArray, restored: HostArray) -> float:
+    """Bits of a token of all heads, ``x [heads, tokens, channels]``."""
+    centered = x - np.mean(x, axis=1, keepdims=True)
+    covariance = np.swapaxes(centered, 1, 2) @ centered / x.shape[1]
+    variances = np.maximum(np.linalg.eigvalsh(covariance), 0.0)
+    error = np.mean(np.sum((x - restored) ** 2, axis=-1), axis=-1, keepdims=True)
+    if np.any((error == 0) & np.any(variances > 0, axis=-1, keepdims=True)):
+        return float("inf")
+    low, high = np.zeros_like(error), np.max(variances, axis=-1, keepdims=True)
+    for _ in range(200):
+        level = (low + high) / 2
+        over = np.sum(np.minimum(variances, level), axis=-1, keepdims=True) > error
+        low, high = np.where(over, low, level), np.where(over, level, high)
+    ratio = variances / np.where(high > 0, high, 1.0)
+    return float(np.sum(np.log2(np.maximum(ratio, 1.0))) / 2)
+
+
 def _check(q: HostArray, k: HostArray, v: HostArray) -> None:
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}"
     if k.shape[:-1] != v.shape[:-1]:

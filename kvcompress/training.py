@@ -7,36 +7,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from kvcompress.codebooks import train_codebooks
+from kvcompress.layer_code import LayerCode, RoleCode
 from kvcompress.layer_statistics import HostArray, LayerStatistics
-from kvcompress.ops.kmeans import kmeans
-from kvcompress.ops.product import CODES
-
-ITERATIONS = 12
-"""Rounds of k-means."""
 
 RIDGE = 1e-3
 """Weight of directions that no query reads, over the mean weight."""
-
-
-@dataclass(frozen=True, eq=False)
-class RoleCode:
-    """What codes the keys, or the unit values, of one layer; float32 NumPy arrays on the host.
-
-    Attributes
-    ----------
-    mean : array ``[heads, 1, head_dim]``
-    forward : array ``[heads, head_dim, components]``
-        Takes what is about the mean to coefficients.
-    backward : array ``[heads, components, head_dim]``
-        Takes coefficients back.
-    codebooks : tuple of arrays ``[heads, 256, dim]``
-        One for each sub-vector of the coefficients.
-    """
-
-    mean: HostArray
-    forward: HostArray
-    backward: HostArray
-    codebooks: tuple[HostArray, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,42 +83,36 @@ def code_bytes(statistics: LayerStatistics, bits: float) -> tuple[int, int]:
     return key_bytes, min(total - key_bytes, value_dim)
 
 
-@lru_cache(maxsize=1024)
-def train_keys(statistics: LayerStatistics, count: int) -> RoleCode:
-    """Train the code of `count` bytes per head and key."""
-    return _train(key_bases(statistics), statistics.key_rows, count)
+@lru_cache(maxsize=256)
+def train(statistics: LayerStatistics, bits: float) -> LayerCode:
+    """Train the bases and codebooks of a layer, to spend `bits` per value over keys and values."""
+    key_bytes, value_bytes = code_bytes(statistics, bits)
+    return LayerCode(
+        bits,
+        train_role(key_bases(statistics), statistics.key_rows, key_bytes),
+        train_role(value_bases(statistics), statistics.value_rows, value_bytes),
+        statistics.value_log_norm.astype(np.float32),
+    )
 
 
-@lru_cache(maxsize=1024)
-def train_values(statistics: LayerStatistics, count: int) -> RoleCode:
-    """Train the code of `count` bytes per head and value, besides the byte of its norm."""
-    return _train(value_bases(statistics), statistics.value_rows, count)
-
-
-def _train(bases: Bases, rows: HostArray, count: int) -> RoleCode:
-    heads, _, head_dim = rows.shape
-    level = water_level([bases.damage], 8 * count / head_dim)
-    dims = split_dims(np.mean(rates(bases.damage, level), axis=0), count)
-    used = sum(dims)
-    forward = np.asarray(bases.forward[..., :used], dtype=np.float32)
+def train_role(bases: Bases, rows: HostArray, count: int) -> RoleCode:
+    """Train the code of `count` bytes per head and token of one role, on rows drawn at random."""
+    level = water_level([bases.damage], 8 * count / bases.damage.shape[-1])
+    groups = even_groups(np.mean(rates(bases.damage, level), axis=0), count)
+    order = np.concatenate(groups)
+    forward = np.asarray(bases.forward[..., order], dtype=np.float32)
     mean = np.asarray(bases.mean[:, None, :], dtype=np.float32)
     coefficients = (rows.astype(np.float32) - mean) @ forward
-    parts = np.split(coefficients, np.cumsum(dims)[:-1], axis=-1)
-    codebooks = tuple(
-        np.stack(
-            [
-                kmeans(np.ascontiguousarray(part[h]), CODES, iterations=ITERATIONS, seed=h)
-                for h in range(heads)
-            ]
-        )
-        for part in parts
-    )
-    backward = np.asarray(bases.backward[:, :used, :], dtype=np.float32)
-    return RoleCode(mean, forward, backward, codebooks)
+    parts = np.split(coefficients, np.cumsum([len(group) for group in groups])[:-1], axis=-1)
+    backward = np.asarray(bases.backward[:, order, :], dtype=np.float32)
+    return RoleCode(mean, forward, backward, tuple(map(train_codebooks, parts)))
 
 
-def split_dims(bits: HostArray, count: int) -> tuple[int, ...]:
-    """Cut coefficients into `count` runs of about equal bits, each of at least one.
+def even_groups(bits: HostArray, count: int) -> list[HostArray]:
+    """Deal coefficients out into groups that deserve about equal bits, each of at least one.
+
+    A byte is worth most where it is spent on what deserves 8 bits together; runs of neighbours
+    would be of one coefficient of 5, wasting 3, or of two, lacking 2.
 
     Parameters
     ----------
@@ -153,16 +123,17 @@ def split_dims(bits: HostArray, count: int) -> tuple[int, ...]:
 
     Returns
     -------
-    tuple of int
-        Coefficients in every run.
+    list of `count` arrays of int
+        Numbers of the coefficients in every group, rising.
     """
     used = max(count, int(np.sum(bits > 0.02)))
-    spent = np.cumsum(bits[:used])
-    cuts = [0]
-    for run in range(1, count):
-        end = int(np.argmin(np.abs(spent - spent[-1] * run / count))) + 1
-        cuts.append(min(max(end, cuts[-1] + 1), used - (count - run)))
-    return tuple(np.diff([*cuts, used]).tolist())
+    groups: list[list[int]] = [[i] for i in range(count)]
+    spent = np.array(bits[:count], dtype=np.float64)
+    for i in range(count, used):
+        poorest = int(np.argmin(spent))
+        groups[poorest].append(i)
+        spent[poorest] += bits[i]
+    return [np.array(group) for group in groups]
 
 
 def _positive(variances: HostArray) -> HostArray:

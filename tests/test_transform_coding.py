@@ -16,20 +16,24 @@ from kvcompress import (
     CompressedKV,
     KVCacheCompressor,
     LowRank,
+    Plan,
+    RotatedQuantization,
     SettingError,
     TransformCoding,
+    UnknownLayer,
     metrics,
     plan,
 )
+from kvcompress.layer_statistics import LayerStatistics
 from kvcompress.methods import Method, TensorSpec
 from kvcompress.ops import decode_product, encode_product
 from kvcompress.training import (
-    RoleCode,
     code_bytes,
+    even_groups,
     key_bases,
     rates,
-    split_dims,
-    train_keys,
+    train,
+    train_role,
     value_bases,
     water_level,
 )
@@ -60,12 +64,16 @@ def calibration() -> Calibration:
     return calibration
 
 
+@pytest.fixture(params=["trained", "own"])
+def known(request, calibration):
+    """What `TransformCoding` is given: statistics, or nothing."""
+    return calibration[0] if request.param == "trained" else None
+
+
 @pytest.mark.parametrize("bits", [1.2, 3.0])
-def test_everywhere(xp, calibration, bits):
+def test_everywhere(xp, known, bits):
     """The same in and out on every library, of the promised size, under the tracer too."""
-    compressor = KVCacheCompressor(
-        TransformCoding(bits, calibration[0], exact=0.02), sinks=2, window=3
-    )
+    compressor = KVCacheCompressor(TransformCoding(bits, known, exact=0.02), sinks=2, window=3)
     for dtype in xp.few(xp.dtypes):
         k, v, _ = make(60, 99, batch=2)
         k, v = (xp.asarray(x.astype(_dtype(dtype))) for x in (k, v))
@@ -79,7 +87,7 @@ def test_everywhere(xp, calibration, bits):
             np.testing.assert_array_equal(y[:, :, :2], x[:, :, :2])
             np.testing.assert_array_equal(y[:, :, -3:], x[:, :, -3:])
             error = metrics.relative_mse(x - x.mean(2, keepdims=True), y - x.mean(2, keepdims=True))
-            assert error < {1.2: 0.5, 3.0: 0.2}[bits]
+            assert error < {1.2: 0.65, 3.0: 0.2}[bits]
 
 
 def test_codes_agree_with_numpy(xp, calibration):
@@ -95,17 +103,17 @@ def test_codes_agree_with_numpy(xp, calibration):
 
 
 @pytest.mark.parametrize(("tokens", "batch"), [(0, 1), (1, 1), (5, 0), (0, 0)])
-def test_empty(xp, calibration, tokens, batch):
-    compressor = KVCacheCompressor(TransformCoding(2, calibration[0], exact=0.5))
+def test_empty(xp, known, tokens, batch):
+    compressor = KVCacheCompressor(TransformCoding(2, known, exact=0.5))
     k, v, _ = make(tokens, 0, batch)
     compressed = xp.run(compressor.compress_kv, xp.asarray(k), xp.asarray(v))
     restored = xp.run(compressor.decompress_kv, compressed)
     assert [tuple(x.shape) for x in restored] == [k.shape, v.shape]
 
 
-def test_zeros_and_extremes(xp, calibration):
+def test_zeros_and_extremes(xp, known):
     """Zero values stay zero; tokens no calibration foresaw stay finite."""
-    compressor = KVCacheCompressor(TransformCoding(2, calibration[0]))
+    compressor = KVCacheCompressor(TransformCoding(2, known))
     k, v = np.zeros((1, HEADS, 6, DIM), "float32"), np.zeros((1, HEADS, 6, VALUE_DIM), "float32")
     k[:, :, 1], v[:, :, 1] = 2.0**120, -(2.0**120)
     k[:, :, 2], v[:, :, 2] = 2.0**-130, 2.0**-120
@@ -159,14 +167,17 @@ def test_water_level(calibration):
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
-def test_split_dims(count):
+def test_even_groups(count):
     bits = np.array([6.0, 5.0, 3.0, 2.0, 1.0, 0.5, 0.1, 0.05, 0.0, 0.0])
-    dims = split_dims(bits, count)
-    assert len(dims) == count
-    assert min(dims) >= 1
-    assert sum(dims) == 8
-    spent = [part.sum() for part in np.split(bits[:8], np.cumsum(dims)[:-1])]
-    assert max(spent) <= bits.sum() / count + 6.0
+    groups = even_groups(bits, count)
+    assert len(groups) == count
+    assert sorted(np.concatenate(groups)) == list(range(8))
+    spent = [bits[group].sum() for group in groups]
+    # Never worse than giving the last coefficient of the richest to the poorest.
+    assert max(spent) - min(spent) <= 6.0 if count > 1 else spent == [bits[:8].sum()]
+    for group in groups:
+        if len(group) > 1:
+            assert bits[group[:-1]].sum() <= min(spent) + 1e-9
 
 
 def test_more_bits_less_error_and_queries_help():
@@ -177,16 +188,17 @@ def test_more_bits_less_error_and_queries_help():
     for seed in range(4):
         calibration.update(0, *make(512, seed, dims=dims))
 
-    def error(code: RoleCode) -> float:
+    def error(known: LayerStatistics, count: int) -> float:
+        code = train_role(key_bases(known), known.key_rows, count)
         y = encode_product((k[0] - code.mean) @ code.forward, *code.codebooks)
         decoded = decode_product(y, *code.codebooks) @ code.backward + code.mean
         return metrics.attention_error(q[:, :, -200:], (k, v), (decoded[None], v))
 
     statistics = calibration[0]
-    errors = [error(train_keys(statistics, count)) for count in (2, 4, 8)]
+    errors = [error(statistics, count) for count in (2, 4, 8)]
     assert all(b < 0.8 * a for a, b in itertools.pairwise(errors))
     blind = replace(statistics, query_moment=np.broadcast_to(np.eye(24), (HEADS, 24, 24)))
-    assert errors[1] < 0.8 * error(train_keys(blind, 4))
+    assert errors[1] < 0.8 * error(blind, 4)
 
 
 def test_containers_carry_the_fingerprint_only(calibration):
@@ -196,7 +208,7 @@ def test_containers_carry_the_fingerprint_only(calibration):
     packed = pickle.dumps(compressed)
     assert len(packed) < compressed.nbytes + 4000
     copy: CompressedKV = pickle.loads(packed)
-    assert copy.keys.method.calibration == calibration[0].fingerprint
+    assert copy.keys.method.calibration == train(calibration[0], 2).fingerprint
     for x, y in zip(
         KVCacheCompressor(method).decompress_kv(copy),
         KVCacheCompressor(method).decompress_kv(compressed),
@@ -207,7 +219,7 @@ def test_containers_carry_the_fingerprint_only(calibration):
     KVCacheCompressor(TransformCoding(3, calibration[0])).decompress_kv(copy)
     other = Calibration(rows=256, skip=0)
     other.update(0, *make(300, 9))
-    with pytest.raises(CalibrationError, match=calibration[0].fingerprint[:12]):
+    with pytest.raises(CalibrationError, match=copy.keys.method.calibration[:12]):
         KVCacheCompressor(TransformCoding(2, other[0])).decompress_kv(copy)
     with pytest.raises(CalibrationError, match="decompress it with"):
         KVCacheCompressor(LowRank(2)).decompress_kv(copy)
@@ -217,7 +229,7 @@ def test_settings_round_trip_by_fingerprint(calibration):
     method = TransformCoding(1.5, calibration[0], exact=0.1)
     again = Method.from_dict(json.loads(json.dumps(method.to_dict())))
     assert again == method.detach()
-    assert again.attach(method) == method
+    assert again.attach(method).code == method.code
     with pytest.raises(CalibrationError, match="only named"):
         again.encoded_spec(TensorSpec((HEADS, 4, DIM), "float32"), "keys")
 
@@ -239,24 +251,105 @@ def test_wrong_shapes_and_calibrations(calibration):
         TransformCoding(2, calibration)
 
 
-def test_plan_spreads_bits():
-    """A layer whose keys matter more gets more; budget and bits mean the same."""
+def test_own_moments_beat_a_random_rotation():
+    """Where components differ in size; bases not counted, which a long sequence pays for."""
+    k, v, q = make(3000, 3, dims=(24, 16))
+
+    def measure(method):
+        compressor = KVCacheCompressor(method)
+        compressed = compressor.compress_kv(k, v)
+        restored = compressor.decompress_kv(compressed)
+        error = metrics.attention_error(q[:, :, -100:], (k, v), restored)
+        return compressed.bits_per_value, error
+
+    (own_bits, own), (rotated_bits, rotated) = map(
+        measure, (TransformCoding(3), RotatedQuantization(3))
+    )
+    assert own_bits < rotated_bits + 0.1
+    assert own < 0.6 * rotated
+    assert all(
+        measure(TransformCoding(more))[1] < 0.7 * measure(TransformCoding(bits))[1]
+        for bits, more in ((2, 3), (3, 4))
+    )
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Two layers; the keys of the second matter more."""
     both = Calibration(rows=1024, skip=0)
     for seed in range(4):
         k, v, q = make(512, seed)
         both.update(0, k, v, q)
         both.update(1, 16 * k, v, q)
-    compressors = plan(both, bits=3, sinks=4)
+    return both
+
+
+def test_plan_spreads_bits(both):
+    """A layer whose keys matter more gets more; budget and bits mean the same."""
+    compressors = plan(both, bits=3, exact=0.0, sinks=4)
     low, high = (compressors[i].method.bits for i in (0, 1))
     assert low + 1 < high
     assert abs((low + high) / 2 - 3) < 0.05
     assert compressors[0].sinks == 4
     values = 2 * HEADS * (DIM + VALUE_DIM)
-    budget = plan(both, budget_bytes=values * 3 * 100 // 8, tokens=100, sinks=4)
+    budget = plan(both, budget_bytes=values * 3 * 100 // 8, tokens=100, exact=0.0, sinks=4)
     assert [c.method.bits for c in budget.values()] == [c.method.bits for c in compressors.values()]
+    exact = plan(both, bits=3, exact=0.02)
+    k = np.zeros((1, HEADS, 1000, DIM), "float16")
+    v = np.zeros((1, HEADS, 1000, VALUE_DIM), "float16")
+    for planned in (compressors, exact):
+        sizes = [c.compress_kv(k, v).coded_bits_per_value for c in planned.values()]
+        assert abs(np.mean(sizes) - 3) < 8 / (DIM + VALUE_DIM)  # to whole bytes a head
     for wrong in ({}, {"bits": 2, "tokens": 5}, {"budget_bytes": 5}):
         with pytest.raises(SettingError, match="either bits, or budget_bytes and tokens"):
             plan(both, **wrong)
+    with pytest.raises(SettingError, match="exact"):
+        plan(both, bits=2, exact=2)
+
+
+def test_plan_file(both, tmp_path):
+    """What was planned decodes by its file alone, and by nothing else."""
+    planned = plan(both, bits=2, exact=0.01, sinks=2, window=5)
+    planned.save(tmp_path / "a.plan")
+    again = Plan.load(tmp_path / "a.plan", backend="generic")
+    assert list(again) == [0, 1]
+    assert 2 not in again
+    assert again[0].backend == "generic"
+    k, v, _ = make(50, 8)
+    for layer in again:
+        assert again[layer].method.code == planned[layer].method.code
+        assert (again[layer].sinks, again[layer].window) == (2, 5)
+        compressed = planned[layer].compress_kv(k, v)
+        for x, y in zip(
+            planned[layer].decompress_kv(compressed),
+            again[layer].decompress_kv(compressed),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(x, y)
+    with pytest.raises(CalibrationError, match="not with"):
+        again[0].decompress_kv(compressed)
+    with pytest.raises(UnknownLayer, match=r"layers \[0, 1\], not 2"):
+        again[2]
+    with pytest.raises(SettingError, match=r"trained for .* bits"):
+        replace(again[0].method, bits=7)
+
+
+def test_damaged_plans(both, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = tmp_path / "a.plan"
+    plan(both, bits=2).save(path)
+    arrays = load_file(path)
+    both.save(tmp_path / "calibration")
+    (tmp_path / "text").write_text("no plan")
+    layers = json.dumps({"0": {"bits": 2, "exact": 0, "options": {"sinks": -1}}})
+    save_file({}, tmp_path / "empty", {"format": "kvcompress.plan.1", "layers": layers})
+    save_file(arrays, tmp_path / "wrong", {"format": "kvcompress.plan.1", "layers": layers})
+    for name in ("calibration", "text", "empty", "wrong"):
+        with pytest.raises(CalibrationError, match="is no plan"):
+            Plan.load(tmp_path / name)
+    with pytest.raises(CalibrationError, match="nothing to save"):
+        Plan({0: KVCacheCompressor(TransformCoding(2))}).save(tmp_path / "b")
 
 
 def _dtype(name: str):

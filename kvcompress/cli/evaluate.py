@@ -16,15 +16,16 @@ import numpy as np
 from rich.table import Table
 
 import kvcompress
+from kvcompress._namespace import to_host
 from kvcompress.calibration import Calibration
 from kvcompress.cli.console import InputError, progress, results_table, stdout
 from kvcompress.cli.curve import plot_curve
 from kvcompress.cli.model import load_model, read_text
 from kvcompress.cli.plot import check_plot
-from kvcompress.cli.rates import CALIBRATED, NAMES, compressors
+from kvcompress.cli.rates import NAMES, TRANSFORM, compressors
 from kvcompress.compressed import CompressedKV
 from kvcompress.compressor import KVCacheCompressor
-from kvcompress.metrics import HostArray
+from kvcompress.metrics import HostArray, rate_bound
 
 if TYPE_CHECKING:
     from kvcompress.integrations.transformers import Continuation, LanguageModel, Score
@@ -38,6 +39,7 @@ HEADINGS = (
     "perplexity\n%",
     "top-1\nsame %",
     "attn.\nerror",
+    "over\nbound",
 )
 CAPTION = """\
 Bits per value: coded without, all-in with the tokens kept exact; scales and
@@ -45,7 +47,9 @@ norms included, calibrated bases and codebooks not. KL: of the next-token
 distribution from the original cache's, nats per token; mean and 99th
 percentile. Perplexity: change. Top-1: tokens whose most likely next token
 stays. Attention error: |o - o'| / |o| of the attention output, for the
-queries of the scored tokens, mean over the layers."""
+queries of the scored tokens, mean over the layers. Over bound: coded bits
+above what normal sources of the same covariances need for the same error
+of logits and values."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class Tally:
     """What a row did to the sequences so far."""
 
     compressed: list[tuple[int, int, int, int]] = field(default_factory=list)
+    bounds: list[float] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
 
 
@@ -93,6 +98,8 @@ class Result:
         0 to 1.
     attention_relative_error : float
         Mean over layers and sequences.
+    bits_over_bound : float
+        Coded bits above `kvcompress.metrics.rate_bound`, the mean over layers and sequences.
     """
 
     method: str
@@ -104,6 +111,7 @@ class Result:
     perplexity_change: float
     top1_agreement: float
     attention_relative_error: float
+    bits_over_bound: float
 
 
 @click.command()
@@ -113,7 +121,7 @@ class Result:
     "--calibration",
     type=click.Path(path_type=Path),
     metavar="CAL",
-    help=f"What kvcompress calibrate wrote; {CALIBRATED} needs it.",
+    help=f"What kvcompress calibrate wrote, for {TRANSFORM}; without, it uses own moments.",
 )
 @click.option("--methods", metavar="A,B", help=f"Only these of {', '.join(NAMES)}.")
 @click.option("--bits", default="1,1.5,2,3,4", show_default=True, help="Rates, where a method can.")
@@ -178,7 +186,7 @@ def evaluate(
         check_plot(plot)
     content = read_text(text)
     known = Calibration.load(_existing(calibration)) if calibration else None
-    names, rates = _names(methods, known), _rates(bits)
+    names, rates = _names(methods), _rates(bits)
     rows = [
         Row(name, rate, chosen)
         for name in names
@@ -229,18 +237,15 @@ def _existing(path: Path) -> Path:
     return path
 
 
-def _names(methods: str | None, calibration: Calibration | None) -> Sequence[str]:
+def _names(methods: str | None) -> Sequence[str]:
     if methods is None:
-        return [name for name in NAMES if calibration or name != CALIBRATED]
+        return NAMES
     known = {name.lower(): name for name in NAMES}
     asked = [name.strip() for name in methods.split(",")]
     for name in asked:
         if name.lower() not in known:
             raise InputError(f"unknown method {name!r}; known: {', '.join(NAMES)}")
-    names = list(dict.fromkeys(known[name.lower()] for name in asked))
-    if CALIBRATED in names and calibration is None:
-        raise InputError(f"{CALIBRATED} needs --calibration; make one with kvcompress calibrate")
-    return names
+    return list(dict.fromkeys(known[name.lower()] for name in asked))
 
 
 def _rates(bits: str) -> list[float]:
@@ -285,7 +290,18 @@ def _step(continuation: Continuation, row: Row, tally: Tally) -> None:
         compressed = compressor.compress_kv(k, v)
         tally.compressed.append(_sizes(compressed))
         restored[layer] = compressor.decompress_kv(compressed)
+        tally.bounds.append(_bound(continuation, layer, restored[layer], compressor))
     tally.scores.append(continuation.score(restored))
+
+
+def _bound(
+    continuation: Continuation, layer: int, restored: tuple[Any, Any], compressor: KVCacheCompressor
+) -> float:
+    """`rate_bound` of the coded tokens of a layer."""
+    original, tokens = continuation.kv[layer], continuation.kv[layer][0].shape[-2]
+    coded = slice(compressor.sinks, max(compressor.sinks, tokens - compressor.window))
+    pairs = [tuple(to_host(x[0, :, coded]) for x in pair) for pair in (original, restored)]
+    return rate_bound(to_host(continuation.queries[layer][0]), *pairs)
 
 
 def _sizes(compressed: CompressedKV) -> tuple[int, int, int, int]:
@@ -305,10 +321,11 @@ def _result(row: Row, tally: Tally) -> Result:
         np.concatenate([getattr(score, name) for score in tally.scores])
         for name in ("kl", "original_nll", "nll", "same_top")
     )
+    coded_bits = 8 * coded_bytes / coded if coded else math.nan
     return Result(
         method=row.method,
         bits=row.bits,
-        coded_bits_per_value=8 * coded_bytes / coded if coded else math.nan,
+        coded_bits_per_value=coded_bits,
         bits_per_value=8 * nbytes / values,
         kl_mean=float(np.mean(kl)),
         kl_p99=float(np.percentile(kl, 99)),
@@ -317,6 +334,7 @@ def _result(row: Row, tally: Tally) -> Result:
         attention_relative_error=fmean(
             error for score in tally.scores for error in score.attention_error.values()
         ),
+        bits_over_bound=coded_bits - fmean(tally.bounds),
     )
 
 
@@ -349,4 +367,5 @@ def _cells(result: Result) -> list[str]:
         f"{result.perplexity_change:+.2f}",
         f"{100 * result.top1_agreement:.1f}",
         f"{result.attention_relative_error:.2g}",
+        f"{result.bits_over_bound:.2f}",
     ]

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from kvcompress.calibration import Calibration, plan
+from kvcompress.calibration import Calibration
 from kvcompress.compressor import KVCacheCompressor
-from kvcompress.errors import UnknownLayer
 from kvcompress.methods import GroupQuantization, Method, RotatedQuantization, TransformCoding
 from kvcompress.methods.group_quantization import BITS
+from kvcompress.plan import Plan, plan
 
-CALIBRATED = TransformCoding.__name__
-"""The method that needs a calibration."""
-
-_UNCALIBRATED: Mapping[str, tuple[Callable[[int], Method], tuple[int, ...]]] = {
+_RATES: Mapping[str, tuple[Callable[[Any], Method], tuple[int, ...]]] = {
     GroupQuantization.__name__: (GroupQuantization, BITS),
     RotatedQuantization.__name__: (RotatedQuantization, tuple(range(1, 9))),
 }
 
-NAMES = (*_UNCALIBRATED, CALIBRATED)
+TRANSFORM = TransformCoding.__name__
+"""The method that can use a calibration, and do any rate."""
+
+NAMES = (*_RATES, TRANSFORM)
 
 
 def compressors(
@@ -32,29 +32,25 @@ def compressors(
     name : str
         One of `NAMES`.
     bits : float
-        Bits of a code per value; scales and norms come on top, except for `TransformCoding`.
+        Bits of a code per value; scales, gains and bases come on top, norms of a plan do not.
     calibration : Calibration or None
-        For `TransformCoding`, whose bits `plan` spreads over the layers.
+        With it, `TransformCoding` is what `plan` makes of it; without, it uses own moments.
     **options
         Of `KVCacheCompressor`.
     """
-    if name == CALIBRATED:
-        if calibration is None or not 0.25 <= bits <= 8:
+    if name == TRANSFORM:
+        if not 0.25 <= bits <= 8:
             return None
-        return _by_layer(plan(calibration, bits=bits, **options))
-    method, known = _UNCALIBRATED[name]
-    if bits not in known:
-        return None
-    compressor = KVCacheCompressor(method(int(bits)), **options)
+        if calibration is not None:
+            return _by_layer(plan(calibration, bits=bits, **options))
+        return _always(KVCacheCompressor(TransformCoding(bits), **options))
+    method, known = _RATES[name]
+    return _always(KVCacheCompressor(method(int(bits)), **options)) if bits in known else None
+
+
+def _always(compressor: KVCacheCompressor) -> Callable[[int], KVCacheCompressor]:
     return lambda _: compressor
 
 
-def _by_layer(planned: Mapping[int, KVCacheCompressor]) -> Callable[[int], KVCacheCompressor]:
-    def compressor(layer: int) -> KVCacheCompressor:
-        if layer not in planned:
-            raise UnknownLayer(
-                f"the calibration knows layers {list(planned)}, the cache has layer {layer}"
-            )
-        return planned[layer]
-
-    return compressor
+def _by_layer(planned: Plan) -> Callable[[int], KVCacheCompressor]:
+    return lambda layer: planned[layer]

@@ -300,6 +300,8 @@ class Continuation:
     ----------
     kv : mapping of layer to keys and values ``[1, num_heads, tokens, head_dim]``
         The model's cache after the prefix, in `lm.cache_dtype`: the original.
+    queries : mapping of layer to queries ``[1, num_query_heads, scored, head_dim]``
+        Of the scored tokens, as the original cache makes them; see `AttentionCall`.
     partial : frozenset of int
         Layers that no longer hold the first tokens.
 
@@ -328,6 +330,7 @@ class Continuation:
         with record_attention(lm.model, lambda call: _keep(calls, call)):
             self._original = self._continue(self.kv)
         self._calls = _of_layers(calls, self.kv)
+        self.queries = {layer: call.query for layer, call in self._calls.items()}
         with torch.no_grad():
             self._outputs = {i: to_host(c.attend(c.key, c.value)) for i, c in self._calls.items()}
 

@@ -5,6 +5,7 @@ tested against.
 """
 
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
+from kvcompress.ops.allocated import allocate, dequantize_allocated, quantize_allocated
 from kvcompress.ops.clipping import clip_groups
 from kvcompress.ops.hadamard import hadamard, inverse_hadamard
 from kvcompress.ops.kmeans import kmeans, lookup, nearest
@@ -18,10 +19,12 @@ __all__ = [
     "AffineSpec",
     "Principal",
     "RotatedSpec",
+    "allocate",
     "center",
     "clip_groups",
     "decode_product",
     "dequantize",
+    "dequantize_allocated",
     "dequantize_rotated",
     "encode_product",
     "gather_rows",
@@ -36,6 +39,7 @@ __all__ = [
     "principal_components",
     "put_rows",
     "quantize",
+    "quantize_allocated",
     "quantize_rotated",
     "reconstruct",
     "unpack",

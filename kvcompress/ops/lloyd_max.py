@@ -74,3 +74,43 @@ def cells(bits: int) -> np.ndarray:
     center = (np.arange(2 * LARGEST * CELLS_PER_UNIT) + 0.5) / CELLS_PER_UNIT - LARGEST
     codes = np.searchsorted((codebook[1:] + codebook[:-1]) / 2, center)
     return codes.astype("uint8")
+
+
+@cache
+def all_levels() -> np.ndarray:
+    """Levels for 0 to 8 bits end to end: ``all_levels()[256 * bits + code]``.
+
+    Returns
+    -------
+    NumPy array ``[9 * 256]``, float32
+        With no bits, 0.
+    """
+    table = np.zeros((len(_POSITIVE) + 1, 256), dtype="float32")
+    for bits in range(1, len(table)):
+        table[bits, : 2**bits] = levels(bits)
+    return table.reshape(-1)
+
+
+@cache
+def all_cells() -> np.ndarray:
+    """`cells` for 0 to 8 bits end to end, ``[9 * 10240]``, uint8."""
+    known = [cells(bits) for bits in range(1, len(_POSITIVE) + 1)]
+    return np.concatenate([np.zeros_like(known[0]), *known])
+
+
+@cache
+def distortions() -> np.ndarray:
+    """Mean squared error for a standard normal number with 0 to 8 bits.
+
+    Returns
+    -------
+    NumPy array ``[9]``, float32
+        1, .363, .118, .0345, .0095, .0025, ...
+    """
+    x = (np.arange(2 * LARGEST * CELLS_PER_UNIT) + 0.5) / CELLS_PER_UNIT - LARGEST
+    density = np.exp(-x * x / 2)
+    errors = [1.0]
+    for bits in range(1, len(_POSITIVE) + 1):
+        error = (x - levels(bits)[cells(bits)]) ** 2
+        errors.append(float(np.sum(density * error) / np.sum(density)))
+    return np.asarray(errors, dtype="float32")

@@ -24,15 +24,21 @@ def encode_product(x: Array, *codebooks: Array) -> Array:
     """
     xp = array_namespace(x, *codebooks)
     heads = x.shape[0]
-    tables = [(xp.sum(c * c, axis=-1)[:, None, :] / 2, xp.matrix_transpose(c)) for c in codebooks]
+    tables = []
+    for book in codebooks:
+        half = xp.sum(book * book, axis=-1, keepdims=True) / 2
+        # One more channel, so that a product with a centroid c is <x, c> - |c|^2 / 2.
+        tables.append(xp.matrix_transpose(xp.concat([book, -half], axis=-1)))
 
     def block(rows: Array) -> Array:
-        rows, at, codes = xp.permute_dims(rows, (1, 0, 2)), 0, []
-        for half_norm, table in tables:
-            part = rows[..., at : at + table.shape[-2]]
-            at += table.shape[-2]
-            codes.append(xp.argmin(half_norm - part @ table, axis=-1))
-        return xp.permute_dims(xp.astype(xp.stack(codes, axis=-1), xp.uint8), (1, 0, 2))
+        one, at, codes = xp.ones_like(rows[..., :1]), 0, []
+        for table in tables:
+            dim = table.shape[-2] - 1
+            # Contiguous, or a matrix product takes several times as long.
+            part = xp.permute_dims(xp.concat([rows[..., at : at + dim], one], axis=-1), (1, 0, 2))
+            at += dim
+            codes.append(xp.astype(xp.argmax(part @ table, axis=-1), xp.uint8))
+        return xp.permute_dims(xp.stack(codes, axis=-1), (1, 0, 2))
 
     rows = max(1, DISTANCES // max(1, heads * CODES))
     return xp.permute_dims(map_blocks(block, xp.permute_dims(x, (1, 0, 2)), rows), (1, 0, 2))

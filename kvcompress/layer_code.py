@@ -1,0 +1,96 @@
+"""What transform coding codes one layer with: bases and codebooks, trained once, used for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from kvcompress.layer_statistics import HostArray, digest
+
+
+@dataclass(frozen=True, eq=False)
+class RoleCode:
+    """What codes the keys, or the unit values, of one layer; float32 NumPy arrays on the host.
+
+    Attributes
+    ----------
+    mean : array ``[heads, 1, head_dim]``
+    forward : array ``[heads, head_dim, components]``
+        Takes what is about the mean to coefficients.
+    backward : array ``[heads, components, head_dim]``
+        Takes coefficients back.
+    codebooks : tuple of arrays ``[heads, 256, dim]``
+        One for each sub-vector of the coefficients.
+    """
+
+    mean: HostArray
+    forward: HostArray
+    backward: HostArray
+    codebooks: tuple[HostArray, ...]
+
+    @property
+    def arrays(self) -> Mapping[str, HostArray]:
+        """Every array, by name."""
+        books = {f"codebooks.{i}": book for i, book in enumerate(self.codebooks)}
+        return {"mean": self.mean, "forward": self.forward, "backward": self.backward, **books}
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, HostArray]) -> RoleCode:
+        """Undo `arrays`."""
+        books = tuple(arrays[f"codebooks.{i}"] for i in range(len(arrays) - 3))
+        return cls(arrays["mean"], arrays["forward"], arrays["backward"], books)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCode:
+    """Bases and codebooks of one layer at one rate.
+
+    Equal, and hashed, by their values: see `fingerprint`.
+
+    Attributes
+    ----------
+    bits : float
+        Bits per value it was trained for.
+    keys, values : RoleCode
+    log_norm : array ``[heads]``, float32
+        Binary logarithm of a norm of a value, about which norms are coded.
+    """
+
+    bits: float
+    keys: RoleCode
+    values: RoleCode
+    log_norm: HostArray
+
+    @property
+    def arrays(self) -> Mapping[str, HostArray]:
+        """Every array, by name."""
+        roles = {"keys": self.keys, "values": self.values}
+        parts = {f"{role}.{n}": x for role, code in roles.items() for n, x in code.arrays.items()}
+        return {"log_norm": self.log_norm, **parts}
+
+    @classmethod
+    def of(cls, bits: float, arrays: Mapping[str, HostArray]) -> LayerCode:
+        """Undo `arrays`."""
+
+        def part(role: str) -> RoleCode:
+            lead = f"{role}."
+            return RoleCode.of(
+                {n.removeprefix(lead): x for n, x in arrays.items() if n.startswith(lead)}
+            )
+
+        return cls(bits, part("keys"), part("values"), arrays["log_norm"])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of all arrays, in hexadecimal: who has the same decodes the same."""
+        return digest(self.arrays)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LayerCode) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return f"LayerCode({self.bits:g} bits, {self.fingerprint[:12]})"

@@ -1,0 +1,133 @@
+"""Transform coding by a tensor's own principal components, which it then has to carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kvcompress._namespace import Array, array_namespace, astype, device, dtype_name, narrow
+from kvcompress.backend import Ops
+from kvcompress.methods._gain_shape import best_gain, split_norm
+from kvcompress.methods.base import Payload, TensorSpec
+from kvcompress.ops.affine import AffineSpec, dequantize, quantize
+from kvcompress.ops.allocated import (
+    DEEPEST,
+    allocate,
+    dequantize_allocated,
+    quantize_allocated,
+)
+from kvcompress.ops.packing import packed_size
+from kvcompress.ops.pca import principal_components
+
+WIDENINGS = (1.0, 1.5, 2.0, 3.0, 4.0)
+"""By how much the levels for normal numbers may be spread to reach what lies far out."""
+
+GAIN_BITS = 9
+"""What the gain of a token takes: a byte, and the ends of 32 gains."""
+
+
+def encoded_spec(bits: float, spec: TensorSpec) -> Mapping[str, TensorSpec]:
+    """Arrays of the payload; see `Method.encoded_spec`."""
+    heads, tokens, head_dim = spec.shape
+    gains, row = _gains(spec.dtype), TensorSpec((heads, 1, head_dim), spec.dtype)
+    ends = TensorSpec((heads, *gains.ends_shape(tokens, 1)), spec.dtype)
+    return {
+        "codes": TensorSpec((heads, tokens, packed_size(_bits(bits, head_dim), 1)), "uint8"),
+        "gain_codes": TensorSpec((heads, *gains.codes_shape(tokens, 1)), "uint8"),
+        "gain_lower": ends,
+        "gain_upper": ends,
+        "depths": TensorSpec((heads, head_dim), "uint8"),
+        "step": row,
+        "mean": row,
+        "scale": TensorSpec((heads, 1, 1), "float32"),
+        "basis": TensorSpec((heads, head_dim, head_dim), "uint8"),
+        "basis_lower": row,
+        "basis_upper": row,
+    }
+
+
+def encode(bits: float, x: Array, ops: Ops) -> tuple[Payload, Array]:
+    """Payload, and the error ``[heads, tokens]`` of every token: its norm, up to a factor."""
+    xp, dtype, total = array_namespace(x), dtype_name(x.dtype), _bits(bits, x.shape[-1])
+    unit, norm = split_norm(astype(x, "float32"))
+    payload = _encode(total, unit, dtype, ops)
+    direction = _decode(total, payload, ops)
+    along = xp.sum(unit * direction, axis=-1, keepdims=True)
+    power = xp.sum(direction * direction, axis=-1, keepdims=True)
+    gain = best_gain(along, power)
+    error = unit - gain * direction
+    error = norm * xp.sqrt(xp.sum(error * error, axis=-1, keepdims=True))
+    codes, lower, upper = ops(quantize, narrow(norm * gain, dtype), spec=_gains(dtype))
+    gains = {"gain_codes": codes, "gain_lower": lower, "gain_upper": upper}
+    return {**payload, **gains}, error[..., 0]
+
+
+def decode(bits: float, payload: Payload, spec: TensorSpec, ops: Ops) -> Array:
+    """Tensor ``[heads, tokens, head_dim]``, float32."""
+    gains = (payload[f"gain_{name}"] for name in ("codes", "lower", "upper"))
+    gain = ops(dequantize, *gains, spec=_gains(spec.dtype), channels=1)
+    return _decode(_bits(bits, spec.shape[-1]), payload, ops) * gain
+
+
+def _encode(total: int, x: Array, dtype: str, ops: Ops) -> Payload:
+    """Payload of directions ``[heads, tokens, head_dim]``, without gains."""
+    xp, head_dim = array_namespace(x), x.shape[-1]
+    principal, _ = principal_components(x, head_dim)
+    spec = AffineSpec(8, head_dim, "channel", dtype)
+    basis, lower, upper = ops(quantize, astype(principal.basis, "float32"), spec=spec)
+    payload = {
+        "basis": basis,
+        "basis_lower": lower,
+        "basis_upper": upper,
+        "mean": astype(principal.mean, dtype),
+        "scale": principal.scale,
+    }
+    x = astype(x, "float32") / principal.scale - astype(payload["mean"], "float32")
+    # By the inverse of the basis as it will be decoded: its rounding then costs nothing.
+    y = x @ xp.matrix_transpose(xp.linalg.inv(_basis(payload, ops)))
+    deviation = xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True) / max(x.shape[-2], 1))
+    payload["depths"] = allocate((deviation * deviation)[:, 0, :], total)
+    payload["step"] = narrow(_best_step(total, y, deviation, payload["depths"], ops), dtype)
+    y = _over(y, astype(payload["step"], "float32"))
+    payload["codes"] = ops(quantize_allocated, y, payload["depths"], bits=total)
+    return payload
+
+
+def _best_step(total: int, y: Array, deviation: Array, depths: Array, ops: Ops) -> Array:
+    """What to take for a component's deviation: more, where a few tokens lie far out."""
+    xp, errors = array_namespace(y), []
+    for widening in WIDENINGS:
+        step = deviation * widening
+        codes = ops(quantize_allocated, _over(y, step), depths, bits=total)
+        error = y - ops(dequantize_allocated, codes, depths, bits=total) * step
+        errors.append(xp.sum(error * error, axis=-2, keepdims=True))
+    best = xp.argmin(xp.stack(errors), axis=0)
+    table = xp.asarray(WIDENINGS, dtype=xp.float32, device=device(y))
+    return deviation * xp.reshape(xp.take(table, xp.reshape(best, (-1,))), best.shape)
+
+
+def _over(y: Array, step: Array) -> Array:
+    return y / array_namespace(step).where(step > 0, step, 1.0)
+
+
+def _decode(total: int, payload: Payload, ops: Ops) -> Array:
+    xp = array_namespace(payload["codes"])
+    levels = ops(dequantize_allocated, payload["codes"], payload["depths"], bits=total)
+    y = levels * astype(payload["step"], "float32")
+    x = y @ xp.matrix_transpose(_basis(payload, ops))
+    return (x + astype(payload["mean"], "float32")) * payload["scale"]
+
+
+def _basis(payload: Payload, ops: Ops) -> Array:
+    codes, head_dim = payload["basis"], payload["basis"].shape[-1]
+    spec = AffineSpec(8, head_dim, "channel", dtype_name(payload["basis_lower"].dtype))
+    ends = payload["basis_lower"], payload["basis_upper"]
+    return ops(dequantize, codes, *ends, spec=spec, channels=head_dim)
+
+
+def _bits(bits: float, head_dim: int) -> int:
+    """Bits of the code of a token."""
+    return min(max(1, round(bits * head_dim) - GAIN_BITS), DEEPEST * head_dim)
+
+
+def _gains(dtype: str) -> AffineSpec:
+    return AffineSpec(8, 32, "channel", dtype)

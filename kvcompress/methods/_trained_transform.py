@@ -1,0 +1,130 @@
+"""Transform coding by what a calibration trained: known bases, product codebooks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from kvcompress._namespace import Array, array_namespace, astype, device
+from kvcompress.backend import Ops
+from kvcompress.errors import SettingError
+from kvcompress.layer_code import LayerCode
+from kvcompress.layer_statistics import HostArray
+from kvcompress.methods._gain_shape import best_gain, split_norm
+from kvcompress.methods.base import Payload, Role, TensorSpec
+from kvcompress.ops.product import decode_product, encode_product
+
+NORM_STEP = 12 / 254
+"""Octaves between the norms that neighbouring bytes stand for: 12 in all, about the mean."""
+
+
+def encoded_spec(code: LayerCode, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
+    """Arrays of the payload; see `Method.encoded_spec`."""
+    heads, tokens, head_dim = spec.shape
+    part = code.keys if role == "keys" else code.values
+    known_heads, _, known_dim = part.mean.shape
+    if head_dim != known_dim or heads % known_heads:
+        raise SettingError(
+            f"the calibration knows {known_heads} heads of {known_dim} {role}, "
+            f"got {heads} of {head_dim}"
+        )
+    payload = {"codes": TensorSpec((heads, tokens, len(part.codebooks)), "uint8")}
+    if role == "values":
+        payload["norms"] = TensorSpec((heads, tokens), "uint8")
+    return payload
+
+
+def encode(code: LayerCode, x: Array, role: Role, ops: Ops) -> tuple[Payload, Array]:
+    """Payload, and the error ``[heads, tokens]`` of every token: squared, as attention sees it."""
+    xp, tables = array_namespace(x), _Tables(code, role, x)
+    folded, norm = tables.fold(astype(x, "float32")), None
+    if role == "values":
+        folded, norm = split_norm(folded)
+    y = (folded - tables.mean) @ tables.forward
+    codes = ops(encode_product, y, *tables.codebooks)
+    decoded = ops(decode_product, codes, *tables.codebooks)
+    error = xp.clip(y - decoded, -(2.0**60), 2.0**60)
+    error = tables.unfold(xp.sum(error * error, axis=-1, keepdims=True), x)[..., 0]
+    payload = {"codes": tables.unfold(codes, x)}
+    if norm is not None:
+        gain = norm * _gain(tables, folded, y, decoded)
+        payload["norms"] = _norm_bytes(tables.unfold(gain, x)[..., 0], tables.log_norm(x))
+    return payload, error
+
+
+def decode(code: LayerCode, payload: Payload, role: Role, ops: Ops) -> Array:
+    """Tensor ``[heads, tokens, head_dim]``, float32."""
+    codes = payload["codes"]
+    tables = _Tables(code, role, codes)
+    decoded = ops(decode_product, tables.fold(codes), *tables.codebooks)
+    x = tables.unfold(decoded @ tables.backward + tables.mean, codes)
+    if role == "keys":
+        return x
+    return x * _norms(payload["norms"], tables.log_norm(codes))[..., None]
+
+
+def _gain(tables: _Tables, unit: Array, y: Array, decoded: Array) -> Array:
+    """Best gain for the decoded directions ``mean + decoded @ backward``.
+
+    Their basis is orthonormal, so all products can be had from the coefficients.
+    """
+    xp = array_namespace(unit)
+    shift = tables.mean @ tables.forward
+    mean_along = unit @ xp.matrix_transpose(tables.mean)
+    along = xp.sum((y + shift) * decoded, axis=-1, keepdims=True) + mean_along
+    power = xp.sum(decoded * (decoded + 2 * shift), axis=-1, keepdims=True)
+    mean_power = xp.sum(tables.mean * tables.mean, axis=-1, keepdims=True)
+    return best_gain(along, power + mean_power)
+
+
+def _norm_bytes(norm: Array, log_norm: Array) -> Array:
+    """Bytes for norms ``[heads, tokens]``: 0 for zero, else 1 to 255 by the logarithm."""
+    xp = array_namespace(norm)
+    octave = xp.log2(xp.where(norm > 0, norm, 1.0)) - log_norm
+    byte = xp.clip(xp.round(octave / NORM_STEP) + 128.0, 1.0, 255.0)
+    return xp.astype(xp.where(norm > 0, byte, 0.0), xp.uint8)
+
+
+def _norms(byte: Array, log_norm: Array) -> Array:
+    xp = array_namespace(byte)
+    octave = (xp.astype(byte, xp.float32) - 128.0) * NORM_STEP + log_norm
+    return xp.where(byte > 0, xp.exp(octave * math.log(2.0)), 0.0)
+
+
+class _Tables:
+    """The code of a role in the library and on the device of `like`."""
+
+    def __init__(self, code: LayerCode, role: Role, like: Array) -> None:
+        xp = array_namespace(like)
+
+        def move(x: HostArray) -> Array:
+            return xp.asarray(x, device=device(like))
+
+        part = code.keys if role == "keys" else code.values
+        self.mean, self.forward, self.backward = map(move, (part.mean, part.forward, part.backward))
+        self.codebooks = tuple(map(move, part.codebooks))
+        self._log_norm = code.log_norm
+        self._heads = part.mean.shape[0]
+
+    def log_norm(self, like: Array) -> Array:
+        """Logarithms of typical norms, ``[batch * heads, 1]``."""
+        known = np.tile(self._log_norm, like.shape[0] // self._heads)
+        return array_namespace(like).asarray(known, device=device(like))[:, None]
+
+    def fold(self, x: Array) -> Array:
+        """``[batch * heads, tokens, n]`` to ``[heads, batch * tokens, n]``."""
+        xp = array_namespace(x)
+        rows, tokens, n = x.shape
+        x = xp.reshape(x, (rows // self._heads, self._heads, tokens, n))
+        return xp.reshape(
+            xp.permute_dims(x, (1, 0, 2, 3)), (self._heads, rows // self._heads * tokens, n)
+        )
+
+    def unfold(self, x: Array, like: Array) -> Array:
+        """Undo `fold`, for as many rows and tokens as `like` has."""
+        xp = array_namespace(x)
+        (rows, tokens), n = like.shape[:2], x.shape[-1]
+        x = xp.reshape(x, (self._heads, rows // self._heads, tokens, n))
+        return xp.reshape(xp.permute_dims(x, (1, 0, 2, 3)), (rows, tokens, n))

@@ -1,0 +1,118 @@
+"""Codes of different widths side by side: every component gets the bits it deserves.
+
+Bits go, one by one, where they lower the squared error most: reverse water-filling in whole bits,
+with the measured distortions of the quantizer in place of the rate-distortion function (Gersho and
+Gray 1992, Vector Quantization and Signal Compression, section 8.4). How many bits there are is
+static; which component gets them is data, so all shapes are static.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kvcompress._namespace import Array, array_namespace, device
+from kvcompress.ops.lloyd_max import (
+    CELLS_PER_UNIT,
+    LARGEST,
+    all_cells,
+    all_levels,
+    distortions,
+)
+from kvcompress.ops.outliers import largest
+from kvcompress.ops.packing import pack, unpack
+
+DEEPEST = 8
+"""Bits that one component can get."""
+
+
+def allocate(variances: Array, bits: int) -> Array:
+    """Share bits among the components of every head.
+
+    Parameters
+    ----------
+    variances : array ``[heads, channels]``, float32
+    bits : int
+        Bits of all components together, at most ``8 * channels``.
+
+    Returns
+    -------
+    array ``[heads, channels]``, uint8
+        Bits of every component, 0 to 8; they add up to `bits`.
+    """
+    xp = array_namespace(variances)
+    heads, channels = variances.shape
+    # Distortion is convex in the bits: the largest gains of a component are its first.
+    table = distortions()
+    gains = xp.asarray(table[:-1] - table[1:], device=device(variances))
+    gains = xp.reshape(variances[:, :, None] * gains, (heads, channels * DEEPEST))
+    component = largest(gains, bits) // DEEPEST
+    # A comparison, for the standard has no histogram.
+    chosen = component[:, :, None] == xp.arange(channels, device=device(variances))
+    return xp.astype(xp.sum(xp.astype(chosen, xp.int32), axis=1), xp.uint8)
+
+
+def quantize_allocated(x: Array, depths: Array, *, bits: int) -> Array:
+    """Quantize to the Lloyd-Max levels for normal numbers, and pack.
+
+    Parameters
+    ----------
+    x : array ``[heads, tokens, channels]``, float32
+        Of variance about 1.
+    depths : array ``[heads, channels]``, uint8
+        Bits of every component, 0 to 8.
+    bits : int
+        What `depths` add up to in every head.
+
+    Returns
+    -------
+    array ``[heads, tokens, packed_size(bits, 1)]``, uint8
+    """
+    xp = array_namespace(x, depths)
+    table = xp.asarray(all_cells(), device=device(x))
+    last = 2.0 * LARGEST * CELLS_PER_UNIT - 1
+    cell = xp.clip(xp.floor((x + LARGEST) * CELLS_PER_UNIT), 0.0, last)
+    cell = xp.astype(cell, xp.int32) + xp.astype(depths, xp.int32)[:, None, :] * int(last + 1)
+    codes = xp.reshape(xp.take(table, xp.reshape(cell, (math.prod(cell.shape),))), x.shape)
+    component, weight = _slots(depths, bits)
+    # By matrix products, which every library is quick at; whole numbers below 2**8 stay exact.
+    select = xp.astype(component, xp.float32)
+    slots = xp.floor((xp.astype(codes, xp.float32) @ select) / weight)
+    return pack(xp.astype(slots - 2.0 * xp.floor(slots / 2), xp.uint8), 1)
+
+
+def dequantize_allocated(packed: Array, depths: Array, *, bits: int) -> Array:
+    """Undo `quantize_allocated`.
+
+    Returns
+    -------
+    array ``[heads, tokens, channels]``, float32
+        Levels; 0 where a component has no bits.
+    """
+    xp = array_namespace(packed, depths)
+    component, weight = _slots(depths, bits)
+    table = xp.asarray(all_levels(), device=device(packed))
+    slots = xp.astype(unpack(packed, 1, bits), xp.float32)
+    codes = slots @ xp.matrix_transpose(xp.astype(component, xp.float32) * weight)
+    index = xp.astype(codes, xp.int32) + xp.astype(depths, xp.int32)[:, None, :] * 2**DEEPEST
+    return xp.reshape(xp.take(table, xp.reshape(index, (math.prod(index.shape),))), index.shape)
+
+
+def _slots(depths: Array, bits: int) -> tuple[Array, Array]:
+    """Which component every bit of a token belongs to, and what it is worth there.
+
+    Returns
+    -------
+    component : array ``[heads, channels, bits]``, bool
+    weight : array ``[heads, 1, bits]``, float32
+        A power of two.
+    """
+    xp = array_namespace(depths)
+    wide = xp.astype(depths, xp.int32)
+    end = xp.cumulative_sum(wide, axis=-1)[:, :, None]
+    start = end - wide[:, :, None]
+    slot = xp.arange(bits, dtype=end.dtype, device=device(depths))
+    component = (start <= slot) & (slot < end)
+    place = xp.sum(xp.where(component, slot - start, 0), axis=1, keepdims=True)
+    powers = xp.asarray([2.0**i for i in range(DEEPEST)], dtype=xp.float32, device=device(depths))
+    flat = xp.take(powers, xp.reshape(place, (math.prod(place.shape),)))
+    return component, xp.reshape(flat, place.shape)

@@ -1,0 +1,183 @@
+"""`plan`: a compressor for every layer, bits spread by the damage to be expected; its file."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from os import PathLike
+from typing import Any
+
+from kvcompress.calibration import Calibration
+from kvcompress.compressor import KVCacheCompressor
+from kvcompress.errors import (
+    CalibrationError,
+    KVCompressError,
+    SettingError,
+    UnknownLayer,
+    check_fraction,
+)
+from kvcompress.layer_code import LayerCode
+from kvcompress.layer_statistics import HostArray
+from kvcompress.methods.transform_coding import EXACT, TransformCoding
+from kvcompress.training import key_bases, rates, value_bases, water_level
+
+FORMAT = "kvcompress.plan.1"
+
+_SAVED = ("sinks", "window", "nonfinite")
+"""Options of a compressor that belong to the plan, and not to the machine."""
+
+
+class Plan(Mapping[int, KVCacheCompressor]):
+    """The compressors of a model's layers, trained: all that compressing and restoring need.
+
+    A mapping from layer to `KVCacheCompressor`. Made by `plan`, once; saved, and loaded wherever
+    the model runs, it gives the same bytes and restores them.
+    """
+
+    def __init__(self, compressors: Mapping[int, KVCacheCompressor]) -> None:
+        self._compressors = dict(sorted(compressors.items()))
+
+    def __getitem__(self, layer: int) -> KVCacheCompressor:
+        if layer not in self._compressors:
+            raise UnknownLayer(f"the plan has layers {list(self._compressors)}, not {layer!r}")
+        return self._compressors[layer]
+
+    def __contains__(self, layer: object) -> bool:
+        return layer in self._compressors
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._compressors)
+
+    def __len__(self) -> int:
+        return len(self._compressors)
+
+    def __repr__(self) -> str:
+        bits = [c.method.bits for c in self.values() if isinstance(c.method, TransformCoding)]
+        low, high = min(bits, default=0), max(bits, default=0)
+        return f"Plan({len(self)} layers, {low:.3g} to {high:.3g} bits)"
+
+    def save(self, path: str | PathLike[str], /) -> None:
+        """Write a safetensors file: bases, codebooks and settings, but no statistics."""
+        from safetensors.numpy import save_file
+
+        arrays: dict[str, HostArray] = {}
+        layers: dict[str, Any] = {}
+        for layer, compressor in self.items():
+            method = compressor.method
+            if not isinstance(method, TransformCoding) or method.code is None:
+                raise CalibrationError(f"layer {layer} has no calibration, so nothing to save")
+            arrays |= {f"{layer}.{name}": x.copy() for name, x in method.code.arrays.items()}
+            options = {name: getattr(compressor, name) for name in _SAVED}
+            layers[str(layer)] = {"bits": method.bits, "exact": method.exact, "options": options}
+        save_file(arrays, path, {"format": FORMAT, "layers": json.dumps(layers)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], /, *, backend: str | None = None) -> Plan:
+        """Read a file that `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+        backend : str, optional
+            Of every `KVCacheCompressor`.
+
+        Raises
+        ------
+        CalibrationError
+            If it is no such file.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        arrays: dict[str, dict[str, HostArray]] = {}
+        try:
+            with safe_open(path, "numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise CalibrationError(
+                        f"{path} is no plan: its format is {metadata.get('format')!r}, "
+                        f"expected {FORMAT!r}"
+                    )
+                layers = json.loads(metadata["layers"])
+                for name in file.keys():  # noqa: SIM118 (no mapping)
+                    layer, _, rest = name.partition(".")
+                    arrays.setdefault(layer, {})[rest] = file.get_tensor(name)
+            return cls({int(i): _compressor(x, arrays[i], backend) for i, x in layers.items()})
+        except CalibrationError:
+            raise
+        except (SafetensorError, KVCompressError, KeyError, ValueError, TypeError) as error:
+            raise CalibrationError(f"{path} is no plan: {error}") from error
+
+
+def _compressor(
+    settings: Mapping[str, Any], arrays: Mapping[str, HostArray], backend: str | None
+) -> KVCacheCompressor:
+    bits = settings["bits"]
+    method = TransformCoding(bits, LayerCode.of(bits, arrays), settings["exact"])
+    return KVCacheCompressor(method, backend=backend, **settings["options"])
+
+
+def plan(
+    calibration: Calibration,
+    /,
+    *,
+    bits: float | None = None,
+    budget_bytes: int | None = None,
+    tokens: int | None = None,
+    exact: float = EXACT,
+    **options: Any,
+) -> Plan:
+    """Spread bits over layers, keys and values by the damage expected of their errors, and train.
+
+    One water level for all coefficients of all layers: those of keys count by the mean square error
+    of the logits, those of values by that of the values over their norms. The heads of a layer get
+    equal bits.
+
+    Parameters
+    ----------
+    calibration : Calibration
+    bits : float, optional
+        Bits per value over the whole cache.
+    budget_bytes, tokens : int, optional
+        Instead of `bits`: bytes for that many tokens of one sequence in all layers.
+    exact : float
+        Of every `TransformCoding`; what it costs is part of `bits`.
+    **options
+        Of `KVCacheCompressor`, such as `sinks` and `window`; exact tokens come on top.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    SettingError
+        Unless either `bits`, or `budget_bytes` and `tokens`, are given.
+    """
+    check_fraction("exact", exact)
+    statistics = {layer: calibration[layer] for layer in calibration.layers}
+    values = sum(s.key_mean.size + s.value_mean.size for s in statistics.values())
+    if budget_bytes is not None and tokens is not None and bits is None:
+        bits = 8 * budget_bytes / (tokens * values)
+    elif bits is None or budget_bytes is not None or tokens is not None:
+        raise SettingError("plan needs either bits, or budget_bytes and tokens")
+    damages = {i: (key_bases(s).damage, value_bases(s).damage) for i, s in statistics.items()}
+    apart = sum(
+        8 * v.shape[0] + exact * (16 * k.size + 32 * k.shape[0]) for k, v in damages.values()
+    )
+    level = water_level([x for pair in damages.values() for x in pair], bits - apart / values)
+    methods = {}
+    for layer, (keys, vals) in damages.items():
+        spent = rates(keys, level).sum() + rates(vals, level).sum() + 8 * vals.shape[0]
+        share = min(max(float(spent / (keys.size + vals.size)), 0.25), 8.0)
+        methods[layer] = TransformCoding(share, statistics[layer], exact)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        codes = list(pool.map(lambda method: method.code, methods.values()))
+    return Plan(
+        {
+            layer: KVCacheCompressor(replace(method, calibration=code), **options)
+            for (layer, method), code in zip(methods.items(), codes, strict=True)
+        }
+    )
