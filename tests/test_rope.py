@@ -135,7 +135,6 @@ def test_hashable_copyable_picklable() -> None:
     rope = RoPE(64, 5e5, interleaved=True)
     assert pickle.loads(pickle.dumps(rope)) == copy.deepcopy(rope) == rope
     assert hash(copy.copy(rope)) == hash(rope)
-    assert repr(rope) == "RoPE(dim=64, theta=500000.0, interleaved=True)"
 
 
 @pytest.mark.library("torch")

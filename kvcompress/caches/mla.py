@@ -123,7 +123,7 @@ class MultiHeadLatentAttention:
         array_namespace(*(x for x, _ in arrays.values()))
         if self.dtype not in FLOATING:
             raise DTypeError(f"kv_down must be one of {', '.join(FLOATING)}, got {self.dtype}")
-        sizes = {"rope_dim": self.rope.dim}
+        sizes = {"rope_dim": self.rope.head_dim}
         for name, (x, axes) in arrays.items():
             self._check_like_weights(name, x)
             expected = ", ".join(
