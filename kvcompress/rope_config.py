@@ -50,6 +50,7 @@ _UNSUPPORTED = {
     "deepseek_v4": "it rotates the last channels of a head, and compresses tokens",
     "ernie4_5_vl_moe_text": "its frequencies are in an order of their own",
     "nanochat": "it rotates the other way round",
+    "roformer": "it rotates, but its configuration does not say so",
 }
 
 
@@ -65,7 +66,7 @@ def read_rope(config: Any, layer: int | str | None) -> dict[str, Any] | None:
     index, kind = _locate(config, layer)
     if not _rotates(config, model, index, kind):
         return None
-    parameters = _parameters(config, kind)
+    parameters = _parameters(config, index, kind)
     if parameters is None:
         return None
     config = _of_layer(config, layer)
@@ -140,7 +141,7 @@ def _rotates(config: Any, model: str, index: int | None, kind: str | None) -> bo
     return True
 
 
-def _parameters(config: Any, kind: str | None) -> Parameters | None:
+def _parameters(config: Any, index: int | None, kind: str | None) -> Parameters | None:
     """RoPE parameters of a layer type, `rope_theta` among them; None if it has none."""
     given = _get(config, "rope_parameters", _get(config, "rope_scaling", {}))
     types = set(_get(config, "layer_types", ()))
@@ -159,6 +160,12 @@ def _parameters(config: Any, kind: str | None) -> Parameters | None:
         if kind == "sliding_attention":
             given = {"rope_theta": _get(config, "rope_local_base_freq")}
     theta = _get(given, "rope_theta", _get(config, "rope_theta", _get(config, "rotary_emb_base")))
+    if thetas := _get(config, "layer_rope_theta"):  # Granite with sliding windows, Muse
+        if index is None and len(set(thetas)) > 1:
+            raise SettingError("the layers differ in RoPE: pass layer=, a layer's index")
+        theta = thetas[index or 0]
+        if theta == 0:
+            return None
     if theta is None and _get(config, "rotary_dim") and not given:
         theta = 10000.0  # a constant in GPT-J and CodeGen
     if theta is not None:
@@ -203,7 +210,9 @@ def _rotated_dim(config: Any, parameters: Parameters, head_dim: int) -> int:
     share = _get(parameters, "partial_rotary_factor", share)
     if share is not None:
         return int(head_dim * share)
-    return int(_get(config, "rotary_dim", head_dim))
+    if isinstance(config, Mapping) or not _get(config, "rope_parameters"):
+        return int(_get(config, "rotary_dim", head_dim))  # GPT-J; MiniMax-M2 as it was published
+    return head_dim
 
 
 def _scaling(config: Any, parameters: Parameters, model: str) -> RopeScaling | None:
