@@ -44,7 +44,7 @@ class RoPE:
     ------
     SettingError
         If `dim` is no positive even integer, `theta` no finite number of at least 1, `head_dim`
-        less than `dim`, or the scaling one for another `dim`.
+        less than `dim`, or the scaling does not fit them.
     """
 
     dim: int
@@ -69,7 +69,7 @@ class RoPE:
             return
         if not isinstance(self.scaling, RopeScaling):
             raise SettingError(f"scaling must be a RopeScaling or None, got {self.scaling!r}")
-        self.scaling.check(dim)
+        self.scaling.check(dim, theta)
 
     @classmethod
     def from_config(cls, config: Any, /, *, layer: int | str | None = None) -> Self | None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from kvcompress.errors import SettingError, UnsupportedModel
+from kvcompress.errors import SettingError, UnsupportedModel, check_integer
 from kvcompress.rope_scaling import (
     DynamicScaling,
     LinearScaling,
@@ -110,11 +110,10 @@ def _locate(config: Any, layer: int | str | None) -> tuple[int | None, str | Non
     """Index and type of the layer, as far as the caller or the configuration tell."""
     if layer is None or isinstance(layer, str):
         return None, layer
-    count = _get(config, "num_hidden_layers", _get(config, "n_layer"))
     if isinstance(layer, bool) or not isinstance(layer, int):
         raise SettingError(f"layer must be an index, a layer type or None, got {layer!r}")
-    if layer < 0 or (count is not None and layer >= count):
-        raise SettingError(f"layer must be from 0 to {count or 'the last'} - 1, got {layer}")
+    count = _get(config, "num_hidden_layers", _get(config, "n_layer"))
+    check_integer("layer", layer, 0, None if count is None else count - 1)
     types = _get(config, "layer_types", ())
     return layer, types[layer] if layer < len(types) else None
 
@@ -236,16 +235,15 @@ def _scaling(config: Any, parameters: Parameters, model: str) -> RopeScaling | N
             return ProportionalScaling(share, _get(parameters, "factor", 1.0))
         case "dynamic":
             return DynamicScaling(number("factor"), _context(config, model))
-    original = _get(config, "original_max_position_embeddings")
-    original = original or _get(parameters, "original_max_position_embeddings")
-    original = original or _context(config, model)
-    match kind:
         case "llama3":
+            original = _original_context(config, parameters, model)
             low, high = number("low_freq_factor"), number("high_freq_factor")
             return Llama3Scaling(number("factor"), original, low, high)
         case "yarn":
+            original = _original_context(config, parameters, model)
+            factor = _get(parameters, "factor") or _context(config, model) / original
             return YarnScaling(
-                factor := _get(parameters, "factor") or _context(config, model) / original,
+                factor,
                 original,
                 _yarn_attention(parameters, factor),
                 _get(parameters, "beta_fast") or 32.0,
@@ -255,6 +253,7 @@ def _scaling(config: Any, parameters: Parameters, model: str) -> RopeScaling | N
         case "longrope" | "su":
             if _get(parameters, "short_mscale") is not None:
                 raise UnsupportedModel(f"RoPE of {model}: short_mscale, as in Phi-3.5-MoE")
+            original = _original_context(config, parameters, model)
             return LongRopeScaling(
                 tuple(number("short_factor")),
                 tuple(number("long_factor")),
@@ -265,6 +264,13 @@ def _scaling(config: Any, parameters: Parameters, model: str) -> RopeScaling | N
         f"RoPE of {model}: rope_type {kind!r}; known are 'default', 'linear', 'dynamic', 'yarn', "
         "'llama3', 'longrope' and 'proportional'"
     )
+
+
+def _original_context(config: Any, parameters: Parameters, model: str) -> int:
+    for source in (config, parameters):
+        if found := _get(source, "original_max_position_embeddings"):
+            return int(found)
+    return _context(config, model)
 
 
 def _context(config: Any, model: str) -> int:

@@ -48,8 +48,8 @@ class RopeScaling:
         """What cosines and sines are multiplied by ("attention factor", "mscale")."""
         return 1.0
 
-    def check(self, dim: int) -> None:
-        """Raise `SettingError` if `dim` rotated channels do not fit the settings."""
+    def check(self, dim: int, theta: float) -> None:
+        """Raise `SettingError` if the settings do not fit those of the `RoPE`."""
 
     def frequencies(self, dim: int, theta: float, seq_len: int | None) -> HostArray:
         """Radians per token of every pair, float32 ``[dim / 2]``."""
@@ -138,7 +138,7 @@ class DynamicScaling(RopeScaling):
         _check_positive("factor", self.factor)
         check_integer("max_positions", self.max_positions, 1)
 
-    def check(self, dim: int) -> None:
+    def check(self, dim: int, theta: float) -> None:
         if dim < 4:
             raise SettingError(f"dim must be at least 4 with DynamicScaling, got {dim}")
 
@@ -187,6 +187,10 @@ class YarnScaling(RopeScaling):
         if self.attention_factor is not None:
             _check_positive("attention_factor", self.attention_factor)
         check_integer("original_max_positions", self.original_max_positions, 1)
+
+    def check(self, dim: int, theta: float) -> None:
+        if theta == 1:
+            raise SettingError("theta must be above 1 with YarnScaling, got 1")
 
     @property
     def magnitude(self) -> float:
@@ -317,7 +321,7 @@ class LongRopeScaling(RopeScaling):
     def magnitude(self) -> float:
         return float(self.attention_factor)
 
-    def check(self, dim: int) -> None:
+    def check(self, dim: int, theta: float) -> None:
         for name in ("short_factors", "long_factors"):
             count = len(getattr(self, name))
             if count != dim // 2:
