@@ -64,12 +64,12 @@ def read_rope(config: Any, layer: int | str | None) -> dict[str, Any] | None:
     if model in _UNSUPPORTED:
         raise UnsupportedModel(f"RoPE of {model}: {_UNSUPPORTED[model]}")
     index, kind = _locate(config, layer)
+    config = _of_layer(config, layer)
     if not _rotates(config, model, index, kind):
         return None
     parameters = _parameters(config, index, kind)
     if parameters is None:
         return None
-    config = _of_layer(config, layer)
     head_dim = _head_dim(config, model)
     dim = _rotated_dim(config, parameters, head_dim)
     scaling = _scaling(config, parameters, model)
@@ -103,7 +103,10 @@ def _of_layer(config: Any, layer: int | str | None) -> Any:
     """The configuration as one layer sees it, where layers differ in size (Gemma 4)."""
     if layer is None or not getattr(config, "is_heterogeneous", False):
         return config
-    return config.per_layer_config[layer]
+    try:
+        return config.per_layer_config[layer]
+    except (KeyError, ValueError) as error:
+        raise SettingError(f"layer={layer!r}: {error}") from error
 
 
 def _locate(config: Any, layer: int | str | None) -> tuple[int | None, str | None]:
@@ -124,18 +127,22 @@ def _rotates(config: Any, model: str, index: int | None, kind: str | None) -> bo
         return False
     if _has(config, "position_embedding_type"):
         return _get(config, "position_embedding_type") in {"rope", "rotary"}
-    if _has(config, "no_rope_layers") and (flags := _get(config, "no_rope_layers")):
-        if all(flags):
-            return True
-        if index is None:
-            raise SettingError(
-                f"some layers of {model} have no RoPE: pass layer=, the index of one"
+    if _has(config, "no_rope_layers"):
+        if not (flags := _get(config, "no_rope_layers")):
+            raise UnsupportedModel(
+                f"no_rope_layers of {model} is empty, which stands for a default: pass the "
+                "configuration of transformers (AutoConfig), which holds it"
             )
-        return bool(flags[index])
+        if index is None and not all(flags):
+            raise SettingError(f"some layers of {model} have no RoPE: pass layer=, one's index")
+        return bool(flags[index or 0])
     window = _get(config, "sliding_window")
     if model in _ONLY_SLIDING_LAYERS or (model in _ONLY_SLIDING_LAYERS_IF_ANY and window):
         if kind is None:
-            raise SettingError(f"some layers of {model} have no RoPE: pass layer=, one's index")
+            raise SettingError(
+                f"some layers of {model} have no RoPE: pass layer=, one's type, or its index where "
+                "the configuration has layer_types"
+            )
         return kind == "sliding_attention"
     return True
 

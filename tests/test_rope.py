@@ -331,6 +331,7 @@ def test_configurations(kind: Callable[[dict[str, Any]], Any]) -> None:
         ({"rope_theta": None}, None, UnsupportedModel, "names no rope_theta"),
         ({"hidden_size": None}, None, UnsupportedModel, "names no head_dim"),
         ({"no_rope_layers": [1, 0]}, None, SettingError, "pass layer="),
+        ({"no_rope_layers": []}, 0, UnsupportedModel, "no_rope_layers of llama is empty"),
         ({"layer_rope_theta": [0, 1e6]}, None, SettingError, "pass layer="),
         ({"rope_local_base_freq": 1e4}, None, SettingError, "pass layer="),
         ({"model_type": "cohere2"}, None, SettingError, "pass layer="),

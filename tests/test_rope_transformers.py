@@ -218,6 +218,9 @@ def test_layers_of_gemma3_differ() -> None:
         RoPE.from_config(config)
     with pytest.raises(SettingError, match="layer must be"):
         RoPE.from_config(config, layer=4)
+    for name in ("Gemma3Text", "Gemma4Text"):
+        with pytest.raises(SettingError, match="chunked_attention"):
+            RoPE.from_config(config_of(name), layer="chunked_attention")
 
 
 def test_text_part_of_multimodal_models() -> None:

@@ -51,7 +51,8 @@ class MultiHeadLatentAttention:
     key_rope : array ``[hidden_dim, rope_dim]``
         Hidden state to the RoPE key (``W^KR``).
     rope : RoPE
-        Rotates the RoPE key; DeepSeek's is ``RoPE(rope_dim, interleaved=True)``.
+        Rotates the RoPE key; DeepSeek's is ``RoPE(rope_dim, interleaved=True)``. That of
+        `RoPE.from_config` is for keys that transformers cached: it reorders DeepSeek-V3's.
     latent_norm : array ``[kv_lora_rank]``, optional
         Weight of an RMSNorm of the latent, before it is cached (``kv_a_layernorm``).
     norm_eps : float
