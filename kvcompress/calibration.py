@@ -46,7 +46,7 @@ class Calibration:
         What the tokens are from, whatever JSON can hold: saved, but no part of the fingerprint.
     """
 
-    def __init__(self, *, rows: int = 4096, skip: int = 4, seed: int = 0) -> None:
+    def __init__(self, *, rows: int = 8192, skip: int = 4, seed: int = 0) -> None:
         check_integer("rows", rows, 256)
         check_integer("skip", skip, 0)
         check_integer("seed", seed, 0)

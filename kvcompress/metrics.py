@@ -141,7 +141,7 @@ def rate_bound(
     norm = np.linalg.norm(v, axis=-1, keepdims=True)
     norm = np.where(norm > 0, norm, 1.0)
     total = _rate(k @ root, k_restored @ root) + _rate(v / norm, v_restored / norm)
-    return total / (heads * (head_dim + v.shape[-1]))
+    return float(total / (heads * (head_dim + v.shape[-1])))
 
 
 def _rate(x: HostArray, restored: HostArray) -> float:

@@ -441,7 +441,10 @@ def test_evaluate(directory, text, calibration, tmp_path):
     facts = json.loads(result.stdout)
     assert facts["dtype"] == "bfloat16"
     assert facts["calibration"] == Calibration.load(calibration).fingerprint
-    rows = {(r["method"], r["bits"]): r for r in facts["results"]}
+    (report,) = facts["texts"]
+    assert report["text"] == text.name
+    assert report["perplexity"] > 1
+    rows = {(r["method"], r["bits"]): r for r in report["results"]}
     assert set(rows) == {
         *(("GroupQuantization", bits) for bits in (2, 4, 8)),
         *(("RotatedQuantization", bits) for bits in (1, 2, 4, 8)),
@@ -456,22 +459,20 @@ def test_evaluate(directory, text, calibration, tmp_path):
         assert 0 < row["kl_mean"] < row["kl_p99"]
         assert 0 < row["top1_agreement"] <= 1
         assert row["bits_per_value"] > row["coded_bits_per_value"]  # a bfloat16 has 16
+        assert 0 < row["bits_over_bound"] < row["coded_bits_per_value"]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_evaluate_table(directory, text):
+    again = text.with_name("again.txt")
+    again.write_text(text.read_text())
     result = run(
-        "evaluate",
-        directory,
-        "--text",
-        text,
-        *EVALUATE,
-        "--bits",
-        "4",
-        "--methods",
-        "rotatedquantization",
+        *("evaluate", directory, "--text", text, "--text", again, *EVALUATE),
+        *("--bits", "4", "--methods", "rotatedquantization,transformcoding"),
     )
     assert result.exit_code == 0, result.output
+    first, second = result.stdout.split("again.txt")
+    assert first.count("bits=4") == second.count("bits=4") == 2
     assert "RotatedQuantization" in result.stdout
     assert "GroupQuantization" not in result.stdout
     assert "bits=4" in result.stdout
@@ -480,10 +481,11 @@ def test_evaluate_table(directory, text):
 
 def test_evaluate_bad_input(directory, text):
     start = ("evaluate", directory, "--text", text)
-    assert "needs --calibration" in error(*start, "--methods", "TransformCoding")
     assert "unknown method 'Zip'" in error(*start, "--methods", "Zip")
     assert "numbers" in error(*start, "--bits", "2,x")
-    assert "none of GroupQuantization" in error(*start, "--bits", "2.5")
+    assert "none of GroupQuantization" in error(
+        *start, "--bits", "2.5", "--methods", "GroupQuantization"
+    )
     assert "fewer than 100" in error(*start, *EVALUATE, "--sequences", 100)
     assert "no such file" in error(*start, "--calibration", "nowhere.cal")
 

@@ -42,7 +42,7 @@ SAVE_EVERY = 60.0
 @click.option(
     "--rows",
     type=click.IntRange(256),
-    default=4096,
+    default=8192,
     show_default=True,
     help="Tokens a layer whose keys and values are kept to train codebooks on.",
 )

@@ -11,38 +11,40 @@ from kvcompress.cli.console import InputError
 from kvcompress.cli.rates import NAMES
 
 if TYPE_CHECKING:
-    from kvcompress.cli.evaluate import Result
+    from kvcompress.cli.scoring import Report
 
 STYLES = dict(zip(NAMES, (("#CC79A7", "D"), ("#E69F00", "v"), ("#0072B2", "o")), strict=True))
 """Colour, of the Okabe-Ito palette, and marker."""
 
 
-def plot_curve(results: Sequence[Result], path: Path, title: str) -> None:
-    """Draw a line for every method.
+def plot_curves(reports: Sequence[Report], path: Path, title: str) -> None:
+    """Draw a panel for every text, and in it a line for every method.
 
     Parameters
     ----------
-    results : sequence of Result
-        Those of a method together.
+    reports : sequence of Report
+        Results of a method together.
     path : Path
         Its suffix chooses the format.
     title : str
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    axes = figure.subplots()
-    for method, group in groupby(results, lambda result: result.method):
-        points = sorted((r.coded_bits_per_value, r.kl_mean) for r in group)
-        color, marker = STYLES[method]
-        axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=method)
-    axes.set_yscale("log")
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel("coded bits per value")
-    axes.set_ylabel("KL divergence, nats per token")
-    axes.grid(alpha=0.3, which="both")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure = Figure(figsize=(1.2 + 4.2 * len(reports), 4.4), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    panels = figure.subplots(1, len(reports), sharey=True, squeeze=False)[0]
+    for report, axes in zip(reports, panels, strict=True):
+        for method, group in groupby(report.results, lambda row: row.method):
+            points = sorted((row.coded_bits_per_value, row.kl_mean) for row in group)
+            color, marker = STYLES[method]
+            axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=method)
+        axes.set_yscale("log")
+        axes.set_title(report.text, fontsize=10)
+        axes.set_xlabel("coded bits per value")
+        axes.grid(alpha=0.3, which="both")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("KL divergence, nats per token")
+    panels[0].legend(frameon=False)
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 import numpy as np
 from rich.table import Table
 
 import kvcompress
-from kvcompress._namespace import to_host
 from kvcompress.calibration import Calibration
 from kvcompress.cli.console import InputError, progress, results_table, stdout
-from kvcompress.cli.curve import plot_curve
+from kvcompress.cli.curve import plot_curves
 from kvcompress.cli.model import load_model, read_text
 from kvcompress.cli.plot import check_plot
-from kvcompress.cli.rates import NAMES, TRANSFORM, compressors
-from kvcompress.compressed import CompressedKV
-from kvcompress.compressor import KVCacheCompressor
-from kvcompress.metrics import HostArray, rate_bound
-
-if TYPE_CHECKING:
-    from kvcompress.integrations.transformers import Continuation, LanguageModel, Score
+from kvcompress.cli.rates import NAMES, TRANSFORM, compressors, supports
+from kvcompress.cli.scoring import Report, Result, Row, Tally, result, score
+from kvcompress.metrics import HostArray
 
 HEADINGS = (
     "method",
@@ -52,71 +46,16 @@ above what normal sources of the same covariances need for the same error
 of logits and values."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """A method at a rate.
-
-    Attributes
-    ----------
-    method : str
-    bits : float
-        As asked for.
-    compressor : callable
-        From a layer to its compressor.
-    """
-
-    method: str
-    bits: float
-    compressor: Callable[[int], KVCacheCompressor]
-
-
-@dataclass
-class Tally:
-    """What a row did to the sequences so far."""
-
-    compressed: list[tuple[int, int, int, int]] = field(default_factory=list)
-    bounds: list[float] = field(default_factory=list)
-    scores: list[Score] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What one method did at one rate.
-
-    Attributes
-    ----------
-    method : str
-    bits : float
-        As asked for.
-    coded_bits_per_value, bits_per_value : float
-        As in `CompressedKV`, over all layers.
-    kl_mean, kl_p99 : float
-        Nats per token.
-    perplexity_change : float
-        In percent of the original cache's.
-    top1_agreement : float
-        0 to 1.
-    attention_relative_error : float
-        Mean over layers and sequences.
-    bits_over_bound : float
-        Coded bits above `kvcompress.metrics.rate_bound`, the mean over layers and sequences.
-    """
-
-    method: str
-    bits: float
-    coded_bits_per_value: float
-    bits_per_value: float
-    kl_mean: float
-    kl_p99: float
-    perplexity_change: float
-    top1_agreement: float
-    attention_relative_error: float
-    bits_over_bound: float
-
-
 @click.command()
 @click.argument("model")
-@click.option("--text", type=click.Path(path_type=Path), required=True, help="Text to predict.")
+@click.option(
+    "--text",
+    "texts",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    required=True,
+    help="Text to predict (repeatable: each by itself).",
+)
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
@@ -157,7 +96,7 @@ class Result:
 )
 def evaluate(
     model: str,
-    text: Path,
+    texts: tuple[Path, ...],
     calibration: Path | None,
     methods: str | None,
     bits: str,
@@ -184,38 +123,41 @@ def evaluate(
     """  # noqa: D301
     if plot:
         check_plot(plot)
-    content = read_text(text)
+    contents = [read_text(text) for text in texts]
     known = Calibration.load(_existing(calibration)) if calibration else None
     names, rates = _names(methods), _rates(bits)
-    rows = [
-        Row(name, rate, chosen)
-        for name in names
-        for rate in rates
-        if (chosen := compressors(name, rate, known, sinks=sinks, window=window))
-    ]
-    if not rows:
+    settings = [(name, rate) for name in names for rate in rates if supports(name, rate)]
+    if not settings:
         raise InputError(f"none of {', '.join(names)} can do any of --bits {bits}")
     lm = load_model(model)
-    places = _places(lm.chunks(content, prefix + scored + 1), sequences, text)
-    tallies = [Tally() for _ in rows]
-    steps = progress(
-        _steps(lm, places, prefix, rows, tallies), len(places) * len(rows), "evaluating"
+    places = [
+        _places(lm.chunks(content, prefix + scored + 1), sequences, text)
+        for content, text in zip(contents, texts, strict=True)
+    ]
+    rows = [
+        Row(name, rate, compressors(name, rate, known, sinks=sinks, window=window))
+        for name, rate in progress(settings, len(settings), "training")
+    ]
+    reports, total = [], len(texts) * sequences * len(rows)
+    tallies = [[Tally() for _ in rows] for _ in texts]
+    steps = (
+        step
+        for chunks, tally in zip(places, tallies, strict=True)
+        for step in score(lm, chunks, prefix, rows, tally)
     )
-    for _ in steps:
+    for _ in progress(steps, total, "evaluating"):
         pass
-    results = [_result(row, tally) for row, tally in zip(rows, tallies, strict=True)]
-    original = math.exp(float(np.mean([s.original_nll for s in tallies[0].scores])))
-    title = (
-        f"{Path(model).name}, {text.name}\n{sequences} x {scored} tokens after {prefix}, "
-        f"perplexity {original:.2f}"
-    )
+    for text, tally in zip(texts, tallies, strict=True):
+        results = [result(*pair) for pair in zip(rows, tally, strict=True)]
+        original = math.exp(float(np.mean([s.original_nll for s in tally[0].scores])))
+        reports.append(Report(text.name, original, results))
+    title = f"{Path(model).name}: {sequences} x {scored} tokens after {prefix}"
     if plot:
-        plot_curve(results, plot, title)
+        plot_curves(reports, plot, title)
     if as_json:
         facts = {
             "kvcompress": kvcompress.__version__,
             "model": Path(model).name,
-            "text": text.name,
             "calibration": known.fingerprint if known else None,
             "prefix": prefix,
             "scored": scored,
@@ -223,12 +165,13 @@ def evaluate(
             "sinks": sinks,
             "window": window,
             "dtype": lm.cache_dtype,
-            "perplexity": original,
-            "results": [_as_json(result) for result in results],
+            "texts": [_as_json(asdict(report)) for report in reports],
         }
         click.echo(json.dumps(facts, indent=2, allow_nan=False))
-    else:
-        stdout().print(_table(results, title))
+        return
+    for report in reports:
+        perplexity = f"{report.text}, perplexity {report.perplexity:.2f}"
+        stdout().print(_table(report.results, f"{title}\n{perplexity}"))
 
 
 def _existing(path: Path) -> Path:
@@ -264,92 +207,20 @@ def _places(chunks: HostArray, count: int, text: Path) -> HostArray:
     return chunks[(2 * np.arange(count) + 1) * len(chunks) // (2 * count)]
 
 
-def _steps(
-    lm: LanguageModel,
-    places: HostArray,
-    prefix: int,
-    rows: Sequence[Row],
-    tallies: Sequence[Tally],
-) -> Iterator[None]:
-    """Do every row on every sequence."""
-    from kvcompress.integrations.transformers import Continuation
-
-    for tokens in places:
-        continuation = Continuation(lm, tokens, prefix=prefix)
-        for row, tally in zip(rows, tallies, strict=True):
-            _step(continuation, row, tally)
-            yield
-
-
-def _step(continuation: Continuation, row: Row, tally: Tally) -> None:
-    restored = {}
-    for layer, (k, v) in continuation.kv.items():
-        compressor = row.compressor(layer)
-        if layer in continuation.partial:
-            compressor = replace(compressor, sinks=0)
-        compressed = compressor.compress_kv(k, v)
-        tally.compressed.append(_sizes(compressed))
-        restored[layer] = compressor.decompress_kv(compressed)
-        tally.bounds.append(_bound(continuation, layer, restored[layer], compressor))
-    tally.scores.append(continuation.score(restored))
-
-
-def _bound(
-    continuation: Continuation, layer: int, restored: tuple[Any, Any], compressor: KVCacheCompressor
-) -> float:
-    """`rate_bound` of the coded tokens of a layer."""
-    original, tokens = continuation.kv[layer], continuation.kv[layer][0].shape[-2]
-    coded = slice(compressor.sinks, max(compressor.sinks, tokens - compressor.window))
-    pairs = [tuple(to_host(x[0, :, coded]) for x in pair) for pair in (original, restored)]
-    return rate_bound(to_host(continuation.queries[layer][0]), *pairs)
-
-
-def _sizes(compressed: CompressedKV) -> tuple[int, int, int, int]:
-    """Bytes and values, coded and all."""
-    tensors = compressed.keys, compressed.values
-    return (
-        sum(x.coded_nbytes for x in tensors),
-        sum(x.num_coded for x in tensors),
-        sum(x.nbytes for x in tensors),
-        sum(x.num_values for x in tensors),
-    )
-
-
-def _result(row: Row, tally: Tally) -> Result:
-    coded_bytes, coded, nbytes, values = map(sum, zip(*tally.compressed, strict=True))
-    kl, original, nll, same = (
-        np.concatenate([getattr(score, name) for score in tally.scores])
-        for name in ("kl", "original_nll", "nll", "same_top")
-    )
-    coded_bits = 8 * coded_bytes / coded if coded else math.nan
-    return Result(
-        method=row.method,
-        bits=row.bits,
-        coded_bits_per_value=coded_bits,
-        bits_per_value=8 * nbytes / values,
-        kl_mean=float(np.mean(kl)),
-        kl_p99=float(np.percentile(kl, 99)),
-        perplexity_change=100 * math.expm1(float(np.mean(nll - original))),
-        top1_agreement=float(np.mean(same)),
-        attention_relative_error=fmean(
-            error for score in tally.scores for error in score.attention_error.values()
-        ),
-        bits_over_bound=coded_bits - fmean(tally.bounds),
-    )
-
-
-def _as_json(result: Result) -> dict[str, Any]:
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in asdict(result).items()
-    }
+def _as_json(value: Any) -> Any:
+    """Replace what JSON has no word for."""
+    if isinstance(value, dict):
+        return {name: _as_json(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_as_json(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _table(results: Sequence[Result], title: str) -> Table:
     return results_table(
         (
-            (name, [_cells(result) for result in group])
-            for name, group in groupby(results, lambda result: result.method)
+            (name, [_cells(row) for row in group])
+            for name, group in groupby(results, lambda row: row.method)
         ),
         headings=HEADINGS,
         title=title,

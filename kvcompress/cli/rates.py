@@ -9,7 +9,7 @@ from kvcompress.calibration import Calibration
 from kvcompress.compressor import KVCacheCompressor
 from kvcompress.methods import GroupQuantization, Method, RotatedQuantization, TransformCoding
 from kvcompress.methods.group_quantization import BITS
-from kvcompress.plan import Plan, plan
+from kvcompress.plan import plan
 
 _RATES: Mapping[str, tuple[Callable[[Any], Method], tuple[int, ...]]] = {
     GroupQuantization.__name__: (GroupQuantization, BITS),
@@ -22,10 +22,15 @@ TRANSFORM = TransformCoding.__name__
 NAMES = (*_RATES, TRANSFORM)
 
 
+def supports(name: str, bits: float) -> bool:
+    """Whether a method, one of `NAMES`, has settings for a rate."""
+    return 0.25 <= bits <= 8 if name == TRANSFORM else bits in _RATES[name][1]
+
+
 def compressors(
     name: str, bits: float, calibration: Calibration | None, **options: Any
-) -> Callable[[int], KVCacheCompressor] | None:
-    """Return the compressor of every layer at a rate; None if the method has no such rate.
+) -> Callable[[int], KVCacheCompressor]:
+    """Return the compressor of every layer at a rate that the method supports.
 
     Parameters
     ----------
@@ -38,19 +43,9 @@ def compressors(
     **options
         Of `KVCacheCompressor`.
     """
-    if name == TRANSFORM:
-        if not 0.25 <= bits <= 8:
-            return None
-        if calibration is not None:
-            return _by_layer(plan(calibration, bits=bits, **options))
-        return _always(KVCacheCompressor(TransformCoding(bits), **options))
-    method, known = _RATES[name]
-    return _always(KVCacheCompressor(method(int(bits)), **options)) if bits in known else None
-
-
-def _always(compressor: KVCacheCompressor) -> Callable[[int], KVCacheCompressor]:
+    if name == TRANSFORM and calibration is not None:
+        planned = plan(calibration, bits=bits, **options)
+        return lambda layer: planned[layer]
+    method = TransformCoding(bits) if name == TRANSFORM else _RATES[name][0](int(bits))
+    compressor = KVCacheCompressor(method, **options)
     return lambda _: compressor
-
-
-def _by_layer(planned: Plan) -> Callable[[int], KVCacheCompressor]:
-    return lambda layer: planned[layer]
