@@ -15,31 +15,33 @@ class RoleCode:
 
     Attributes
     ----------
-    mean : array ``[heads, 1, head_dim]``
     forward : array ``[heads, head_dim, components]``
-        Takes what is about the mean to coefficients.
-    backward : array ``[heads, components, head_dim]``
-        Takes coefficients back.
+        Takes a token to coefficients.
     codebooks : tuple of arrays ``[heads, 256, dim]``
         One for each sub-vector of the coefficients.
+    backward : array ``[heads, components, head_dim]``
+        Takes coefficients back.
+    offset : array ``[heads, 1, head_dim]``
+        What is then added: the mean of all that has no coefficient.
     """
 
-    mean: HostArray
     forward: HostArray
-    backward: HostArray
     codebooks: tuple[HostArray, ...]
+    backward: HostArray
+    offset: HostArray
 
     @property
     def arrays(self) -> Mapping[str, HostArray]:
         """Every array, by name."""
         books = {f"codebooks.{i}": book for i, book in enumerate(self.codebooks)}
-        return {"mean": self.mean, "forward": self.forward, "backward": self.backward, **books}
+        matrices = {"forward": self.forward, "backward": self.backward, "offset": self.offset}
+        return {**matrices, **books}
 
     @classmethod
     def of(cls, arrays: Mapping[str, HostArray]) -> RoleCode:
         """Undo `arrays`."""
         books = tuple(arrays[f"codebooks.{i}"] for i in range(len(arrays) - 3))
-        return cls(arrays["mean"], arrays["forward"], arrays["backward"], books)
+        return cls(arrays["forward"], books, arrays["backward"], arrays["offset"])
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,12 +100,13 @@ def train_role(bases: Bases, rows: HostArray, count: int) -> RoleCode:
     level = water_level([bases.damage], 8 * count / bases.damage.shape[-1])
     groups = even_groups(np.mean(rates(bases.damage, level), axis=0), count)
     order = np.concatenate(groups)
-    forward = np.asarray(bases.forward[..., order], dtype=np.float32)
-    mean = np.asarray(bases.mean[:, None, :], dtype=np.float32)
-    coefficients = (rows.astype(np.float32) - mean) @ forward
+    forward, backward = bases.forward[..., order], bases.backward[:, order, :]
+    mean = bases.mean[:, None, :]
+    offset = mean - mean @ forward @ backward
+    forward, backward, offset = (x.astype(np.float32) for x in (forward, backward, offset))
+    coefficients = rows.astype(np.float32) @ forward
     parts = np.split(coefficients, np.cumsum([len(group) for group in groups])[:-1], axis=-1)
-    backward = np.asarray(bases.backward[:, order, :], dtype=np.float32)
-    return RoleCode(mean, forward, backward, tuple(map(train_codebooks, parts)))
+    return RoleCode(forward, tuple(map(train_codebooks, parts)), backward, offset)
 
 
 def even_groups(bits: HostArray, count: int) -> list[HostArray]:

@@ -170,15 +170,28 @@ def decode_low_rank(payload: dict[str, np.ndarray]) -> np.ndarray:
     return x * arrays["scale"]
 
 
+def decode_ends(payload: dict[str, np.ndarray], bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of groups, all lower then all upper, and how far they may be from the exact ones."""
+    ends = payload["ends"].astype("float64")
+    moved = np.zeros_like(ends)
+    if bits < 8:
+        for h, g, c in np.ndindex(ends.shape):
+            low = float(payload["ends_lower"][h, g // 32, c])
+            high = float(payload["ends_upper"][h, g // 32, c])
+            ends[h, g, c] = low + ends[h, g, c] * (high - low) / 255
+            moved[h, g, c] = (high - low) / 510 + rounding(low, high)
+    return ends, moved
+
+
 def decode_hybrid(
     payload: dict[str, np.ndarray], bits: int, group_size: int, rank: int
 ) -> np.ndarray:
     """``[heads, tokens, head_dim]`` in float64 from what `Hybrid` stores."""
     coefficients = unpack_rows(payload["codes"], bits, rank).astype("float64")
     heads, tokens, _ = coefficients.shape
+    ends, _ = decode_ends(payload, bits)
     for h, t, c in np.ndindex(heads, tokens, rank):
-        low = float(payload["lower"][h, t // group_size, c])
-        high = float(payload["upper"][h, t // group_size, c])
+        low, high = ends[h, t // group_size, c], ends[h, t // group_size, rank + c]
         coefficients[h, t, c] = low + coefficients[h, t, c] * (high - low) / (2**bits - 1)
     for h in range(heads):
         pairs = zip(payload["outlier_index"][h], payload["outlier_value"][h], strict=True)

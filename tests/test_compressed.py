@@ -50,7 +50,7 @@ def content(xp, z):
 def test_bytes_are_honest(xp):
     for dtype in xp.dtypes:
         z = compressed(xp, dtype)
-        assert len(arrays(z)) == 8 + 6 + 2
+        assert len(arrays(z)) == 9 + 6 + 2
         nbytes = sum(xp.numpy(a).nbytes for a in arrays(z))
         item = np.dtype(DTYPES[dtype]).itemsize
         values = 2 * math.prod(SHAPE)

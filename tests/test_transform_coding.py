@@ -190,8 +190,8 @@ def test_more_bits_less_error_and_queries_help():
 
     def error(known: LayerStatistics, count: int) -> float:
         code = train_role(key_bases(known), known.key_rows, count)
-        y = encode_product((k[0] - code.mean) @ code.forward, *code.codebooks)
-        decoded = decode_product(y, *code.codebooks) @ code.backward + code.mean
+        y = encode_product(k[0] @ code.forward, *code.codebooks)
+        decoded = decode_product(y, *code.codebooks) @ code.backward + code.offset
         return metrics.attention_error(q[:, :, -200:], (k, v), (decoded[None], v))
 
     statistics = calibration[0]

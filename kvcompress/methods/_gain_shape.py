@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from kvcompress._namespace import Array, array_namespace
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+from kvcompress._namespace import Array, array_namespace, device
+
+Errors: TypeAlias = Callable[[], Array]
+"""Computes, if asked, the squared error ``[heads, tokens]`` of every token, up to a factor."""
 
 
-def split_norm(x: Array) -> tuple[Array, Array]:
-    """Divide every token by its norm.
+def norms(x: Array) -> tuple[Array, Array, Array]:
+    """Norm of every token, without overflow.
 
     Parameters
     ----------
@@ -14,16 +21,26 @@ def split_norm(x: Array) -> tuple[Array, Array]:
 
     Returns
     -------
-    unit : array ``[..., tokens, channels]``, float32
-        Zeros for a token of zeros.
+    scaled : array ``[..., tokens, channels]``, float32
+        `x` over its largest magnitude.
     norm : array ``[..., tokens, 1]``, float32
+        Of the tokens of `scaled`; 0 for those under 2**-60.
+    peak : array of one number, float32
+        What `x` was divided by.
     """
     xp = array_namespace(x)
-    # By the largest magnitude first, so that squares neither overflow nor vanish.
-    peak = xp.max(xp.abs(x), axis=-1, keepdims=True)
-    x = x / xp.where(peak > 0, peak, 1.0)
-    norm = xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True))
-    return x / xp.where(norm > 0, norm, 1.0), norm * peak
+    shape, size = (1,) * x.ndim, math.prod(x.shape)
+    peak = xp.max(xp.abs(x)) if size else xp.zeros((), dtype=x.dtype, device=device(x))
+    peak = xp.reshape(xp.where(peak > 0, peak, 1.0), shape)
+    x = x / peak
+    power = xp.vecdot(x, x)[..., None]
+    return x, xp.sqrt(xp.where(power < 2.0**-120, 0.0, power)), peak
+
+
+def inverse(norm: Array) -> Array:
+    """Inverse of norms, 0 of 0."""
+    xp = array_namespace(norm)
+    return xp.where(norm > 0, 1.0 / xp.where(norm > 0, norm, 1.0), 0.0)
 
 
 def best_gain(along: Array, power: Array) -> Array:

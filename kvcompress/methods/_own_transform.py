@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from kvcompress._namespace import Array, array_namespace, astype, device, dtype_name, narrow
 from kvcompress.backend import Ops
-from kvcompress.methods._gain_shape import best_gain, split_norm
+from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
 from kvcompress.methods.base import Payload, TensorSpec
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
 from kvcompress.ops.allocated import (
@@ -45,20 +45,22 @@ def encoded_spec(bits: float, spec: TensorSpec) -> Mapping[str, TensorSpec]:
     }
 
 
-def encode(bits: float, x: Array, ops: Ops) -> tuple[Payload, Array]:
-    """Payload, and the error ``[heads, tokens]`` of every token: its norm, up to a factor."""
+def encode(bits: float, x: Array, ops: Ops) -> tuple[Payload, Errors]:
+    """Payload of a tensor, and what tells its errors."""
     xp, dtype, total = array_namespace(x), dtype_name(x.dtype), _bits(bits, x.shape[-1])
-    unit, norm = split_norm(astype(x, "float32"))
+    scaled, norm, peak = norms(astype(x, "float32"))
+    unit = scaled * inverse(norm)
     payload = _encode(total, unit, dtype, ops)
     direction = _decode(total, payload, ops)
-    along = xp.sum(unit * direction, axis=-1, keepdims=True)
-    power = xp.sum(direction * direction, axis=-1, keepdims=True)
-    gain = best_gain(along, power)
-    error = unit - gain * direction
-    error = norm * xp.sqrt(xp.sum(error * error, axis=-1, keepdims=True))
-    codes, lower, upper = ops(quantize, narrow(norm * gain, dtype), spec=_gains(dtype))
+    gain = best_gain(*(xp.vecdot(x, direction)[..., None] for x in (unit, direction)))
+    codes, lower, upper = ops(quantize, narrow(norm * gain * peak, dtype), spec=_gains(dtype))
     gains = {"gain_codes": codes, "gain_lower": lower, "gain_upper": upper}
-    return {**payload, **gains}, error[..., 0]
+
+    def errors() -> Array:
+        error = (unit - gain * direction) * norm
+        return xp.vecdot(error, error)
+
+    return {**payload, **gains}, errors
 
 
 def decode(bits: float, payload: Payload, spec: TensorSpec, ops: Ops) -> Array:

@@ -12,7 +12,7 @@ from kvcompress.backend import Ops
 from kvcompress.errors import SettingError
 from kvcompress.layer_code import LayerCode
 from kvcompress.layer_statistics import HostArray
-from kvcompress.methods._gain_shape import best_gain, split_norm
+from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
 from kvcompress.methods.base import Payload, Role, TensorSpec
 from kvcompress.ops.product import decode_product, encode_product
 
@@ -24,7 +24,7 @@ def encoded_spec(code: LayerCode, spec: TensorSpec, role: Role) -> Mapping[str, 
     """Arrays of the payload; see `Method.encoded_spec`."""
     heads, tokens, head_dim = spec.shape
     part = code.keys if role == "keys" else code.values
-    known_heads, _, known_dim = part.mean.shape
+    known_heads, known_dim, _ = part.forward.shape
     if head_dim != known_dim or heads % known_heads:
         raise SettingError(
             f"the calibration knows {known_heads} heads of {known_dim} {role}, "
@@ -36,22 +36,40 @@ def encoded_spec(code: LayerCode, spec: TensorSpec, role: Role) -> Mapping[str, 
     return payload
 
 
-def encode(code: LayerCode, x: Array, role: Role, ops: Ops) -> tuple[Payload, Array]:
-    """Payload, and the error ``[heads, tokens]`` of every token: squared, as attention sees it."""
-    xp, tables = array_namespace(x), _Tables(code, role, x)
-    folded, norm = tables.fold(astype(x, "float32")), None
-    if role == "values":
-        folded, norm = split_norm(folded)
-    y = (folded - tables.mean) @ tables.forward
+def encode(code: LayerCode, x: Array, role: Role, ops: Ops) -> tuple[Payload, Errors]:
+    """Payload of a tensor, and what tells its errors: as the attention logits see those of keys."""
+    tables = _Tables(code, role, x)
+    encode = _encode_keys if role == "keys" else _encode_values
+    payload, y = encode(tables, tables.fold(astype(x, "float32")), x, ops)
+
+    def errors() -> Array:
+        xp = array_namespace(x)
+        error = y - ops(decode_product, tables.fold(payload["codes"]), *tables.codebooks)
+        error = xp.clip(error, -(2.0**60), 2.0**60)
+        return tables.unfold(xp.vecdot(error, error)[..., None], x)[..., 0]
+
+    return payload, errors
+
+
+def _encode_keys(tables: _Tables, folded: Array, like: Array, ops: Ops) -> tuple[Payload, Array]:
+    y = folded @ tables.forward
+    return {"codes": tables.unfold(ops(encode_product, y, *tables.codebooks), like)}, y
+
+
+def _encode_values(tables: _Tables, folded: Array, like: Array, ops: Ops) -> tuple[Payload, Array]:
+    xp = array_namespace(folded)
+    scaled, norm, peak = norms(folded)
+    y = (scaled @ tables.forward) * inverse(norm)
     codes = ops(encode_product, y, *tables.codebooks)
-    decoded = ops(decode_product, codes, *tables.codebooks)
-    error = xp.clip(y - decoded, -(2.0**60), 2.0**60)
-    error = tables.unfold(xp.sum(error * error, axis=-1, keepdims=True), x)[..., 0]
-    payload = {"codes": tables.unfold(codes, x)}
-    if norm is not None:
-        gain = norm * _gain(tables, folded, y, decoded)
-        payload["norms"] = _norm_bytes(tables.unfold(gain, x)[..., 0], tables.log_norm(x))
-    return payload, error
+    # The basis of values is orthonormal and the offset orthogonal to it: all products of the unit
+    # value and the decoded direction, decoded @ backward + offset, come from the coefficients.
+    decoded, offset = ops(decode_product, codes, *tables.codebooks), tables.offset
+    rest = (scaled @ xp.matrix_transpose(offset)) * inverse(norm)
+    along = xp.vecdot(y, decoded)[..., None] + rest
+    power = xp.vecdot(decoded, decoded)[..., None] + xp.vecdot(offset, offset)[..., None]
+    norm = tables.unfold(norm * best_gain(along, power) * peak, like)[..., 0]
+    norm_bytes = _norm_bytes(norm, tables.log_norm(like))
+    return {"codes": tables.unfold(codes, like), "norms": norm_bytes}, y
 
 
 def decode(code: LayerCode, payload: Payload, role: Role, ops: Ops) -> Array:
@@ -59,24 +77,10 @@ def decode(code: LayerCode, payload: Payload, role: Role, ops: Ops) -> Array:
     codes = payload["codes"]
     tables = _Tables(code, role, codes)
     decoded = ops(decode_product, tables.fold(codes), *tables.codebooks)
-    x = tables.unfold(decoded @ tables.backward + tables.mean, codes)
+    x = tables.unfold(decoded @ tables.backward + tables.offset, codes)
     if role == "keys":
         return x
     return x * _norms(payload["norms"], tables.log_norm(codes))[..., None]
-
-
-def _gain(tables: _Tables, unit: Array, y: Array, decoded: Array) -> Array:
-    """Best gain for the decoded directions ``mean + decoded @ backward``.
-
-    Their basis is orthonormal, so all products can be had from the coefficients.
-    """
-    xp = array_namespace(unit)
-    shift = tables.mean @ tables.forward
-    mean_along = unit @ xp.matrix_transpose(tables.mean)
-    along = xp.sum((y + shift) * decoded, axis=-1, keepdims=True) + mean_along
-    power = xp.sum(decoded * (decoded + 2 * shift), axis=-1, keepdims=True)
-    mean_power = xp.sum(tables.mean * tables.mean, axis=-1, keepdims=True)
-    return best_gain(along, power + mean_power)
 
 
 def _norm_bytes(norm: Array, log_norm: Array) -> Array:
@@ -103,10 +107,11 @@ class _Tables:
             return xp.asarray(x, device=device(like))
 
         part = code.keys if role == "keys" else code.values
-        self.mean, self.forward, self.backward = map(move, (part.mean, part.forward, part.backward))
+        self.forward, self.backward = move(part.forward), move(part.backward)
+        self.offset = move(part.offset)
         self.codebooks = tuple(map(move, part.codebooks))
         self._log_norm = code.log_norm
-        self._heads = part.mean.shape[0]
+        self._heads = part.forward.shape[0]
 
     def log_norm(self, like: Array) -> Array:
         """Logarithms of typical norms, ``[batch * heads, 1]``."""

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from kvcompress._namespace import Array, array_namespace, dtype_name
+from kvcompress._namespace import Array, dtype_name
 from kvcompress.backend import Ops
 from kvcompress.errors import SettingError, check_integer
+from kvcompress.methods import _grouped
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
-from kvcompress.ops.affine import AffineSpec, dequantize, quantize
+from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.clipping import clip_groups
 
 BITS = (2, 3, 4, 8)
@@ -58,44 +59,16 @@ class GroupQuantization(Method):
         return self if self.bits else replace(self, bits=quant_bits)
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
-        heads, tokens, head_dim = spec.shape
-        affine = self._affine(spec.dtype, role)
-        codes = TensorSpec((heads, *affine.codes_shape(tokens, head_dim)), "uint8")
-        rows, columns = affine.ends_shape(tokens, head_dim)
-        columns *= 2
-        if self.bits == 8:
-            return {"codes": codes, "ends": TensorSpec((heads, rows, columns), spec.dtype)}
-        outer = _ends(spec.dtype)
-        outer_ends = TensorSpec((heads, *outer.ends_shape(rows, columns)), spec.dtype)
-        return {
-            "codes": codes,
-            "ends": TensorSpec((heads, *outer.codes_shape(rows, columns)), "uint8"),
-            "ends_lower": outer_ends,
-            "ends_upper": outer_ends,
-        }
+        return _grouped.encoded_spec(self._affine(spec.dtype, role), spec)
 
     def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
-        xp, dtype = array_namespace(x), dtype_name(x.dtype)
-        affine = self._affine(dtype, role)
-        if self.bits == 2:
-            x = ops(clip_groups, x, spec=affine)
-        codes, lower, upper = ops(quantize, x, spec=affine)
-        ends = xp.concat([lower, upper], axis=-1)
-        if self.bits == 8:
-            return {"codes": codes, "ends": ends}
-        ends, ends_lower, ends_upper = ops(quantize, ends, spec=_ends(dtype))
-        return {"codes": codes, "ends": ends, "ends_lower": ends_lower, "ends_upper": ends_upper}
+        affine = self._affine(dtype_name(x.dtype), role)
+        return _grouped.encode(
+            affine, ops(clip_groups, x, spec=affine) if self.bits == 2 else x, ops
+        )
 
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
-        _, tokens, head_dim = spec.shape
-        affine = self._affine(spec.dtype, role)
-        _, columns = affine.ends_shape(tokens, head_dim)
-        ends = payload["ends"]
-        if self.bits != 8:
-            outer = payload["ends_lower"], payload["ends_upper"]
-            ends = ops(dequantize, ends, *outer, spec=_ends(spec.dtype), channels=2 * columns)
-        lower, upper = ends[..., :columns], ends[..., columns:]
-        return ops(dequantize, payload["codes"], lower, upper, spec=affine, channels=head_dim)
+        return _grouped.decode(self._affine(spec.dtype, role), payload, spec, ops)
 
     def _affine(self, dtype: str, role: Role) -> AffineSpec:
         if not self.bits:
@@ -104,7 +77,3 @@ class GroupQuantization(Method):
             )
         axis = self.key_axis if role == "keys" else self.value_axis
         return AffineSpec(self.bits, self.group_size, axis, dtype)
-
-
-def _ends(dtype: str) -> AffineSpec:
-    return AffineSpec(8, 32, "channel", dtype)

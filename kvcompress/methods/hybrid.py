@@ -10,9 +10,10 @@ from typing import Self
 from kvcompress._namespace import Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Ops
 from kvcompress.errors import SettingError, check_fraction, check_integer
+from kvcompress.methods import _grouped
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.methods.low_rank import basis_spec
-from kvcompress.ops.affine import AffineSpec, dequantize, quantize
+from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.outliers import gather_rows, largest, put_rows
 from kvcompress.ops.pca import Principal, principal_components, reconstruct
 
@@ -21,9 +22,10 @@ from kvcompress.ops.pca import Principal, principal_components, reconstruct
 class Hybrid(Method):
     """Quantize the coefficients of the `rank` principal components of every head.
 
-    Groups run along the tokens of one component, so that each component has steps of its own. The
-    coefficients farthest from zero, in standard deviations of their component, are kept exact and
-    widen no group (dense and sparse, as in KVQuant, Hooper et al. 2024, arXiv 2401.18079).
+    Groups run along the tokens of one component, so that each component has steps of its own; below
+    8 bits their ends are themselves quantized, in 8 bits and groups of 32. The coefficients
+    farthest from zero, in standard deviations of their component, are kept exact and widen no group
+    (dense and sparse, as in KVQuant, Hooper et al. 2024, arXiv 2401.18079).
 
     Parameters
     ----------
@@ -59,12 +61,9 @@ class Hybrid(Method):
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, _ = spec.shape
-        affine, kept = self._affine(spec.dtype), (heads, self._kept(tokens))
-        ends = TensorSpec((heads, *affine.ends_shape(tokens, self.rank)), spec.dtype)
+        kept = (heads, self._kept(tokens))
         return {
-            "codes": TensorSpec((heads, *affine.codes_shape(tokens, self.rank)), "uint8"),
-            "lower": ends,
-            "upper": ends,
+            **_grouped.encoded_spec(self._affine(spec.dtype), self._coefficients(spec)),
             "outlier_index": TensorSpec(kept, "int32"),
             "outlier_value": TensorSpec(kept, spec.dtype),
             **basis_spec(spec, self.rank),
@@ -79,11 +78,8 @@ class Hybrid(Method):
             flat = xp.reshape(coefficients, (heads, tokens * self.rank))
             flat = put_rows(flat, index, xp.zeros_like(value))
             coefficients = xp.reshape(flat, coefficients.shape)
-        codes, lower, upper = ops(quantize, coefficients, spec=self._affine(dtype))
         return {
-            "codes": codes,
-            "lower": lower,
-            "upper": upper,
+            **_grouped.encode(self._affine(dtype), coefficients, ops),
             "outlier_index": index,
             "outlier_value": astype(value, dtype),
             **principal._asdict(),
@@ -92,14 +88,8 @@ class Hybrid(Method):
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
         xp = array_namespace(*payload.values())
         heads, tokens, _ = spec.shape
-        coefficients = ops(
-            dequantize,
-            payload["codes"],
-            payload["lower"],
-            payload["upper"],
-            spec=self._affine(spec.dtype),
-            channels=self.rank,
-        )
+        affine = self._affine(spec.dtype)
+        coefficients = _grouped.decode(affine, payload, self._coefficients(spec), ops)
         flat = xp.reshape(coefficients, (heads, tokens * self.rank))
         value = astype(payload["outlier_value"], "float32")
         flat = put_rows(flat, payload["outlier_index"], value)
@@ -110,6 +100,9 @@ class Hybrid(Method):
         if not self.quant_bits:
             raise SettingError("quant_bits = 0 stands for the compressor's; use Hybrid through one")
         return AffineSpec(self.quant_bits, self.group_size, "channel", dtype)
+
+    def _coefficients(self, spec: TensorSpec) -> TensorSpec:
+        return TensorSpec((*spec.shape[:-1], self.rank), spec.dtype)
 
     def _kept(self, tokens: int) -> int:
         return math.ceil(self.outliers * tokens * self.rank)

@@ -144,11 +144,11 @@ class TransformCoding(Method):
 
     def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
         if code := self.code:
-            payload, error = _trained_transform.encode(code, x, role, ops)
+            payload, errors = _trained_transform.encode(code, x, role, ops)
         else:
-            payload, error = _own_transform.encode(self.bits, x, ops)
+            payload, errors = _own_transform.encode(self.bits, x, ops)
         if kept := self._kept(x.shape[1], role):
-            index = largest(error, kept)
+            index = largest(errors(), kept)
             payload |= {"exact_index": index, "exact_value": gather_rows(x, index)}
         return payload
 
