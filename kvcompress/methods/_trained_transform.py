@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
-from kvcompress._namespace import Array, array_namespace, astype, device
+from kvcompress._namespace import (
+    Array,
+    Namespace,
+    array_namespace,
+    astype,
+    device,
+    is_concrete,
+)
 from kvcompress.backend import Ops
 from kvcompress.errors import SettingError
 from kvcompress.layer_code import LayerCode
@@ -38,7 +48,7 @@ def encoded_spec(code: LayerCode, spec: TensorSpec, role: Role) -> Mapping[str, 
 
 def encode(code: LayerCode, x: Array, role: Role, ops: Ops) -> tuple[Payload, Errors]:
     """Payload of a tensor, and what tells its errors: as the attention logits see those of keys."""
-    tables = _Tables(code, role, x)
+    tables = _tables(code, role, x)
     encode = _encode_keys if role == "keys" else _encode_values
     payload, y = encode(tables, tables.fold(astype(x, "float32")), x, ops)
 
@@ -75,7 +85,7 @@ def _encode_values(tables: _Tables, folded: Array, like: Array, ops: Ops) -> tup
 def decode(code: LayerCode, payload: Payload, role: Role, ops: Ops) -> Array:
     """Tensor ``[heads, tokens, head_dim]``, float32."""
     codes = payload["codes"]
-    tables = _Tables(code, role, codes)
+    tables = _tables(code, role, codes)
     decoded = ops(decode_product, tables.fold(codes), *tables.codebooks)
     x = tables.unfold(decoded @ tables.backward + tables.offset, codes)
     if role == "keys":
@@ -97,39 +107,55 @@ def _norms(byte: Array, log_norm: Array) -> Array:
     return xp.where(byte > 0, xp.exp(octave * math.log(2.0)), 0.0)
 
 
+@dataclass(frozen=True)
 class _Tables:
-    """The code of a role in the library and on the device of `like`."""
+    """The code of a role, as arrays of one library on one device."""
 
-    def __init__(self, code: LayerCode, role: Role, like: Array) -> None:
-        xp = array_namespace(like)
-
-        def move(x: HostArray) -> Array:
-            return xp.asarray(x, device=device(like))
-
-        part = code.keys if role == "keys" else code.values
-        self.forward, self.backward = move(part.forward), move(part.backward)
-        self.offset = move(part.offset)
-        self.codebooks = tuple(map(move, part.codebooks))
-        self._log_norm = code.log_norm
-        self._heads = part.forward.shape[0]
+    forward: Array
+    codebooks: tuple[Array, ...]
+    backward: Array
+    offset: Array
+    heads: int
+    host_log_norm: HostArray
 
     def log_norm(self, like: Array) -> Array:
         """Logarithms of typical norms, ``[batch * heads, 1]``."""
-        known = np.tile(self._log_norm, like.shape[0] // self._heads)
+        known = np.tile(self.host_log_norm, like.shape[0] // self.heads)
         return array_namespace(like).asarray(known, device=device(like))[:, None]
 
     def fold(self, x: Array) -> Array:
         """``[batch * heads, tokens, n]`` to ``[heads, batch * tokens, n]``."""
         xp = array_namespace(x)
         rows, tokens, n = x.shape
-        x = xp.reshape(x, (rows // self._heads, self._heads, tokens, n))
+        x = xp.reshape(x, (rows // self.heads, self.heads, tokens, n))
         return xp.reshape(
-            xp.permute_dims(x, (1, 0, 2, 3)), (self._heads, rows // self._heads * tokens, n)
+            xp.permute_dims(x, (1, 0, 2, 3)), (self.heads, rows // self.heads * tokens, n)
         )
 
     def unfold(self, x: Array, like: Array) -> Array:
         """Undo `fold`, for as many rows and tokens as `like` has."""
         xp = array_namespace(x)
         (rows, tokens), n = like.shape[:2], x.shape[-1]
-        x = xp.reshape(x, (self._heads, rows // self._heads, tokens, n))
+        x = xp.reshape(x, (self.heads, rows // self.heads, tokens, n))
         return xp.reshape(xp.permute_dims(x, (1, 0, 2, 3)), (rows, tokens, n))
+
+
+def _tables(code: LayerCode, role: Role, like: Array) -> _Tables:
+    """Tables in the library and on the device of `like`."""
+    # What a compiler traces must not outlive the trace.
+    make = _kept_tables if is_concrete(like) else _make_tables
+    return make(code, role, array_namespace(like), device(like))
+
+
+def _make_tables(code: LayerCode, role: Role, xp: Namespace, where: Any) -> _Tables:
+    part = code.keys if role == "keys" else code.values
+
+    def move(x: HostArray) -> Array:
+        return xp.asarray(x, device=where)
+
+    books = tuple(map(move, part.codebooks))
+    forward, backward, offset = map(move, (part.forward, part.backward, part.offset))
+    return _Tables(forward, books, backward, offset, part.forward.shape[0], code.log_norm)
+
+
+_kept_tables = lru_cache(maxsize=1024)(_make_tables)
