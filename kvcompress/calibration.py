@@ -108,9 +108,9 @@ class Calibration:
             "nonzero": np.sum(norms[..., 0] > _TINY, axis=-1).astype(np.float64),
             "queries": np.asarray(float(queries.shape[1])),
             "key_sum": keys.sum(1),
-            "key_moment": np.swapaxes(keys, 1, 2) @ keys,
+            "key_moment": _moment(keys),
             "value_sum": unit.sum(1),
-            "value_moment": np.swapaxes(unit, 1, 2) @ unit,
+            "value_moment": _moment(unit),
             "log_norm_sum": logs.sum(1),
             "query_moment": np.swapaxes(queries, 1, 2) @ queries,
             "tags": np.random.default_rng((self.seed, layer, self._seen(layer))).random(tokens),
@@ -160,15 +160,16 @@ class Calibration:
         tokens, nonzero = float(sums["tokens"]), np.maximum(sums["nonzero"], 1.0)
         if tokens < 256:
             raise CalibrationError(f"layer {layer} saw {tokens:.0f} tokens; 256 are the least")
-        key_mean, key_covariance = _moments(sums["key_sum"], sums["key_moment"], np.asarray(tokens))
+        every = np.full_like(nonzero, tokens)
+        key_mean, key_covariance = _moments(sums["key_sum"], sums["key_moment"], every)
         value_mean, value_covariance = _moments(sums["value_sum"], sums["value_moment"], nonzero)
-        head_dim = key_mean.shape[-1]
+        heads, head_dim = key_mean.shape
         queries = float(sums["queries"])
         moment = sums["query_moment"] / queries if queries else np.eye(head_dim)
         return LayerStatistics(
             key_mean=key_mean,
             key_covariance=key_covariance,
-            query_moment=np.broadcast_to(moment, key_covariance.shape).copy(),
+            query_moment=np.broadcast_to(moment, (heads, head_dim, head_dim)).copy(),
             value_mean=value_mean,
             value_covariance=value_covariance,
             value_log_norm=sums["log_norm_sum"] / nonzero,
@@ -286,7 +287,16 @@ def _merge(
     return new
 
 
+def _moment(x: HostArray) -> HostArray:
+    """Sum of the outer products of tokens, all heads side by side, of ``[heads, tokens, dim]``."""
+    flat = np.swapaxes(x, 0, 1).reshape(x.shape[1], -1)
+    moment: HostArray = flat.T @ flat
+    return moment
+
+
 def _moments(total: HostArray, moment: HostArray, count: HostArray) -> tuple[HostArray, HostArray]:
-    """Mean and covariance from sums."""
-    mean = total / count[..., None]
-    return mean, moment / count[..., None, None] - mean[:, :, None] * mean[:, None, :]
+    """Mean ``[heads, dim]`` and covariance of all heads side by side, from sums."""
+    mean = total / count[:, None]
+    weight = np.repeat(np.sqrt(count), mean.shape[1])
+    flat = mean.ravel()
+    return mean, moment / weight[:, None] / weight - flat[:, None] * flat

@@ -13,15 +13,17 @@ from kvcompress.layer_statistics import HostArray, digest
 class RoleCode:
     """What codes the keys, or the unit values, of one layer; float32 NumPy arrays on the host.
 
+    What is coded together is a span: a head, or all heads side by side.
+
     Attributes
     ----------
-    forward : array ``[heads, head_dim, components]``
+    forward : array ``[spans, span_dim, components]``
         Takes a token to coefficients.
-    codebooks : tuple of arrays ``[heads, 256, dim]``
+    codebooks : tuple of arrays ``[spans, 256, dim]``
         One for each sub-vector of the coefficients.
-    backward : array ``[heads, components, head_dim]``
+    backward : array ``[spans, components, span_dim]``
         Takes coefficients back.
-    offset : array ``[heads, 1, head_dim]``
+    offset : array ``[spans, 1, span_dim]``
         What is then added: the mean of all that has no coefficient.
     """
 

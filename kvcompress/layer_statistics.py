@@ -31,12 +31,12 @@ class LayerStatistics:
     Attributes
     ----------
     key_mean : array ``[heads, head_dim]``, float64
-    key_covariance : array ``[heads, head_dim, head_dim]``, float64
+    key_covariance : array ``[heads * head_dim, heads * head_dim]``, float64
     query_moment : array ``[heads, head_dim, head_dim]``, float64
         Mean of ``q q^T`` over the queries that read each KV head; the identity without queries.
     value_mean : array ``[heads, head_dim]``, float64
         Of the values over their norms.
-    value_covariance : array ``[heads, head_dim, head_dim]``, float64
+    value_covariance : array ``[heads * head_dim, heads * head_dim]``, float64
         Of the values over their norms.
     value_log_norm : array ``[heads]``, float64
         Mean binary logarithm of the norms of the values.

@@ -22,7 +22,7 @@ from kvcompress.errors import (
 from kvcompress.layer_code import LayerCode
 from kvcompress.layer_statistics import HostArray
 from kvcompress.methods.transform_coding import EXACT, TransformCoding
-from kvcompress.training import key_bases, rates, value_bases, water_level
+from kvcompress.training import Span, key_bases, rates, value_bases, water_level
 
 FORMAT = "kvcompress.plan.1"
 
@@ -71,7 +71,8 @@ class Plan(Mapping[int, KVCacheCompressor]):
                 raise CalibrationError(f"layer {layer} has no calibration, so nothing to save")
             arrays |= {f"{layer}.{name}": x.copy() for name, x in method.code.arrays.items()}
             options = {name: getattr(compressor, name) for name in _SAVED}
-            layers[str(layer)] = {"bits": method.bits, "exact": method.exact, "options": options}
+            settings = {"bits": method.bits, "exact": method.exact, "span": method.span}
+            layers[str(layer)] = {**settings, "options": options}
         save_file(arrays, path, {"format": FORMAT, "layers": json.dumps(layers)})
 
     @classmethod
@@ -115,7 +116,8 @@ def _compressor(
     settings: Mapping[str, Any], arrays: Mapping[str, HostArray], backend: str | None
 ) -> KVCacheCompressor:
     bits = settings["bits"]
-    method = TransformCoding(bits, LayerCode.of(bits, arrays), settings["exact"])
+    code = LayerCode.of(bits, arrays)
+    method = TransformCoding(bits, code, settings["exact"], settings["span"])
     return KVCacheCompressor(method, backend=backend, **settings["options"])
 
 
@@ -127,13 +129,13 @@ def plan(
     budget_bytes: int | None = None,
     tokens: int | None = None,
     exact: float = EXACT,
+    span: Span = "layer",
     **options: Any,
 ) -> Plan:
     """Spread bits over layers, keys and values by the damage expected of their errors, and train.
 
     One water level for all coefficients of all layers: those of keys count by the mean square error
-    of the logits, those of values by that of the values over their norms. The heads of a layer get
-    equal bits.
+    of the logits, those of values by that of the values over their norms.
 
     Parameters
     ----------
@@ -144,6 +146,8 @@ def plan(
         Instead of `bits`: bytes for that many tokens of one sequence in all layers.
     exact : float
         Of every `TransformCoding`; what it costs is part of `bits`.
+    span : {"head", "layer"}
+        Of every `TransformCoding`.
     **options
         Of `KVCacheCompressor`, such as `sinks` and `window`; exact tokens come on top.
 
@@ -163,16 +167,19 @@ def plan(
         bits = 8 * budget_bytes / (tokens * values)
     elif bits is None or budget_bytes is not None or tokens is not None:
         raise SettingError("plan needs either bits, or budget_bytes and tokens")
-    damages = {i: (key_bases(s).damage, value_bases(s).damage) for i, s in statistics.items()}
-    apart = sum(
-        8 * v.shape[0] + exact * (16 * k.size + 32 * k.shape[0]) for k, v in damages.values()
+    damages = {
+        i: (key_bases(s, span).damage, value_bases(s, span).damage) for i, s in statistics.items()
+    }
+    norms = {i: 8 * len(s.value_mean) for i, s in statistics.items()}
+    apart = sum(norms.values()) + sum(
+        exact * (16 * keys.size + 32 * len(keys)) for keys, _ in damages.values()
     )
     level = water_level([x for pair in damages.values() for x in pair], bits - apart / values)
     methods = {}
     for layer, (keys, vals) in damages.items():
-        spent = rates(keys, level).sum() + rates(vals, level).sum() + 8 * vals.shape[0]
-        share = min(max(float(spent / (keys.size + vals.size)), 0.25), 8.0)
-        methods[layer] = TransformCoding(share, statistics[layer], exact)
+        spent = rates(keys, level).sum() + rates(vals, level).sum()
+        share = min(max(float((spent + norms[layer]) / (keys.size + vals.size)), 0.25), 8.0)
+        methods[layer] = TransformCoding(share, statistics[layer], exact, span)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         codes = list(pool.map(lambda method: method.code, methods.values()))
     return Plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -11,13 +12,16 @@ from kvcompress.codebooks import train_codebooks
 from kvcompress.layer_code import LayerCode, RoleCode
 from kvcompress.layer_statistics import HostArray, LayerStatistics
 
+Span: TypeAlias = Literal["head", "layer"]
+"""What is coded together: one head, or all heads of a layer."""
+
 RIDGE = 1e-3
 """Weight of directions that no query reads, over the mean weight."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bases:
-    """Full bases of one role, float64, with the variance of every coefficient.
+    """Full bases of one role, float64 ``[spans, ...]``, with the variance of every coefficient.
 
     `damage` is that variance in units that compare between keys, values and layers: the mean
     square error of the attention logits, or of the values over their norms, if it is not coded.
@@ -30,27 +34,46 @@ class Bases:
 
 
 @lru_cache(maxsize=256)
-def key_bases(statistics: LayerStatistics) -> Bases:
+def key_bases(statistics: LayerStatistics, span: Span) -> Bases:
     """Coefficients whose squared error is the mean square error of the logits, times head_dim."""
     moment = statistics.query_moment
     head_dim = moment.shape[-1]
     weight = np.trace(moment, axis1=1, axis2=2)[:, None, None] / head_dim
     weight = np.where(weight > 0, weight, 1.0)
     root = np.linalg.cholesky(moment + RIDGE * weight * np.eye(head_dim))
-    rooted = np.swapaxes(root, 1, 2) @ statistics.key_covariance @ root
+    root = root if span == "head" else _block_diagonal(root)[None]
+    covariance = _covariance(statistics.key_covariance, len(moment), span)
+    rooted = np.swapaxes(root, 1, 2) @ covariance @ root
     variances, vectors = np.linalg.eigh(-rooted)
     forward = root @ vectors
-    return Bases(
-        statistics.key_mean, forward, np.linalg.inv(forward), _positive(-variances) / head_dim
-    )
+    mean = statistics.key_mean.reshape(len(forward), -1)
+    return Bases(mean, forward, np.linalg.inv(forward), _positive(-variances) / head_dim)
 
 
 @lru_cache(maxsize=256)
-def value_bases(statistics: LayerStatistics) -> Bases:
+def value_bases(statistics: LayerStatistics, span: Span) -> Bases:
     """Principal components of the values over their norms."""
-    variances, vectors = np.linalg.eigh(-statistics.value_covariance)
-    backward = np.swapaxes(vectors, 1, 2)
-    return Bases(statistics.value_mean, vectors, backward, _positive(-variances))
+    heads = len(statistics.value_mean)
+    covariance = _covariance(statistics.value_covariance, heads, span)
+    variances, vectors = np.linalg.eigh(-covariance)
+    mean = statistics.value_mean.reshape(len(vectors), -1)
+    return Bases(mean, vectors, np.swapaxes(vectors, 1, 2), _positive(-variances))
+
+
+def _block_diagonal(blocks: HostArray) -> HostArray:
+    heads, dim, _ = blocks.shape
+    matrix = np.zeros((heads, dim, heads, dim))
+    matrix[np.arange(heads), :, np.arange(heads), :] = blocks
+    return matrix.reshape(heads * dim, heads * dim)
+
+
+def _covariance(joint: HostArray, heads: int, span: Span) -> HostArray:
+    """Covariance ``[spans, dim, dim]`` of what is coded together."""
+    if span == "layer":
+        return joint[None]
+    dim = len(joint) // heads
+    blocks = joint.reshape(heads, dim, heads, dim)
+    return np.stack([blocks[h, :, h] for h in range(heads)])
 
 
 def rates(damage: HostArray, level: float) -> HostArray:
@@ -69,14 +92,15 @@ def water_level(damages: list[HostArray], bits: float) -> float:
     return float(2.0**high)
 
 
-def code_bytes(statistics: LayerStatistics, bits: float) -> tuple[int, int]:
-    """Bytes of code that a head spends on the key and on the value of a token.
+def code_bytes(statistics: LayerStatistics, bits: float, span: Span) -> tuple[int, int]:
+    """Bytes of code that a span spends on the keys and on the values of a token.
 
-    Together with the byte of the value's norm they come to `bits` per value.
+    Together with the bytes of the values' norms they come to `bits` per value.
     """
-    keys, values = key_bases(statistics).damage, value_bases(statistics).damage
+    keys, values = key_bases(statistics, span).damage, value_bases(statistics, span).damage
     key_dim, value_dim = keys.shape[-1], values.shape[-1]
-    total = max(2, round(bits * (key_dim + value_dim) / 8) - 1)
+    norms = len(statistics.value_mean) // len(values)
+    total = max(2, round(bits * (key_dim + value_dim) / 8) - norms)
     level = water_level([keys, values], 8 * total / (key_dim + value_dim))
     wanted = float(np.mean(np.sum(rates(keys, level), axis=-1))) / 8
     key_bytes = min(max(1, total - value_dim, round(wanted)), key_dim, total - 1)
@@ -84,19 +108,30 @@ def code_bytes(statistics: LayerStatistics, bits: float) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=256)
-def train(statistics: LayerStatistics, bits: float) -> LayerCode:
+def train(statistics: LayerStatistics, bits: float, span: Span) -> LayerCode:
     """Train the bases and codebooks of a layer, to spend `bits` per value over keys and values."""
-    key_bytes, value_bytes = code_bytes(statistics, bits)
+    key_bytes, value_bytes = code_bytes(statistics, bits, span)
     return LayerCode(
         bits,
-        train_role(key_bases(statistics), statistics.key_rows, key_bytes),
-        train_role(value_bases(statistics), statistics.value_rows, value_bytes),
+        train_role(key_bases(statistics, span), statistics.key_rows, key_bytes),
+        train_role(value_bases(statistics, span), statistics.value_rows, value_bytes),
         statistics.value_log_norm.astype(np.float32),
     )
 
 
 def train_role(bases: Bases, rows: HostArray, count: int) -> RoleCode:
-    """Train the code of `count` bytes per head and token of one role, on rows drawn at random."""
+    """Train the code of `count` bytes per span and token of one role.
+
+    Parameters
+    ----------
+    bases : Bases
+    rows : array ``[heads, rows, head_dim]``
+        Tokens drawn at random.
+    count : int
+    """
+    spans, dim, _ = bases.forward.shape
+    heads = len(rows) // spans
+    rows = rows.reshape(spans, heads, *rows.shape[1:]).swapaxes(1, 2).reshape(spans, -1, dim)
     level = water_level([bases.damage], 8 * count / bases.damage.shape[-1])
     groups = even_groups(np.mean(rates(bases.damage, level), axis=0), count)
     order = np.concatenate(groups)

@@ -34,14 +34,18 @@ def test_moments(xp):
     q = q.reshape(6, 2, 200, 6).transpose(1, 0, 2, 3).reshape(2, -1, 6)
     norm = np.linalg.norm(v, axis=-1, keepdims=True)
     statistics = calibration[2]
+    key_covariance = statistics.key_covariance.reshape(2, 6, 2, 6)
+    value_covariance = statistics.value_covariance.reshape(2, 5, 2, 5)
+    joint = np.cov(np.concatenate([k[0], k[1]], axis=-1).T, bias=True)
+    np.testing.assert_allclose(statistics.key_covariance, joint, atol=1e-12)
     for h in range(2):
         kept = norm[h, :, 0] > 0
         unit = v[h][kept] / norm[h][kept]
         np.testing.assert_allclose(statistics.key_mean[h], k[h].mean(0))
-        np.testing.assert_allclose(statistics.key_covariance[h], np.cov(k[h].T, bias=True))
+        np.testing.assert_allclose(key_covariance[h, :, h], np.cov(k[h].T, bias=True))
         np.testing.assert_allclose(statistics.query_moment[h], q[h].T @ q[h] / len(q[h]))
         np.testing.assert_allclose(statistics.value_mean[h], unit.mean(0))
-        np.testing.assert_allclose(statistics.value_covariance[h], np.cov(unit.T, bias=True))
+        np.testing.assert_allclose(value_covariance[h, :, h], np.cov(unit.T, bias=True))
         np.testing.assert_allclose(statistics.value_log_norm[h], np.log2(norm[h][kept]).mean())
     assert calibration.tokens == 3 * 2 * 97
     assert calibration.layers == (2,)

@@ -6,6 +6,7 @@ import itertools
 import json
 import pickle
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -64,16 +65,18 @@ def calibration() -> Calibration:
     return calibration
 
 
-@pytest.fixture(params=["trained", "own"])
-def known(request, calibration):
-    """What `TransformCoding` is given: statistics, or nothing."""
-    return calibration[0] if request.param == "trained" else None
+@pytest.fixture(params=["layer", "head", "own"])
+def transform(request, calibration):
+    """`TransformCoding` of its settings but the calibration and the span."""
+    if request.param == "own":
+        return TransformCoding
+    return partial(TransformCoding, calibration=calibration[0], span=request.param)
 
 
 @pytest.mark.parametrize("bits", [1.2, 3.0])
-def test_everywhere(xp, known, bits):
+def test_everywhere(xp, transform, bits):
     """The same in and out on every library, of the promised size, under the tracer too."""
-    compressor = KVCacheCompressor(TransformCoding(bits, known, exact=0.02), sinks=2, window=3)
+    compressor = KVCacheCompressor(transform(bits, exact=0.02), sinks=2, window=3)
     for dtype in xp.few(xp.dtypes):
         k, v, _ = make(60, 99, batch=2)
         k, v = (xp.asarray(x.astype(_dtype(dtype))) for x in (k, v))
@@ -103,17 +106,17 @@ def test_codes_agree_with_numpy(xp, calibration):
 
 
 @pytest.mark.parametrize(("tokens", "batch"), [(0, 1), (1, 1), (5, 0), (0, 0)])
-def test_empty(xp, known, tokens, batch):
-    compressor = KVCacheCompressor(TransformCoding(2, known, exact=0.5))
+def test_empty(xp, transform, tokens, batch):
+    compressor = KVCacheCompressor(transform(2, exact=0.5))
     k, v, _ = make(tokens, 0, batch)
     compressed = xp.run(compressor.compress_kv, xp.asarray(k), xp.asarray(v))
     restored = xp.run(compressor.decompress_kv, compressed)
     assert [tuple(x.shape) for x in restored] == [k.shape, v.shape]
 
 
-def test_zeros_and_extremes(xp, known):
+def test_zeros_and_extremes(xp, transform):
     """Zero values stay zero; tokens no calibration foresaw stay finite."""
-    compressor = KVCacheCompressor(TransformCoding(2, known))
+    compressor = KVCacheCompressor(transform(2))
     k, v = np.zeros((1, HEADS, 6, DIM), "float32"), np.zeros((1, HEADS, 6, VALUE_DIM), "float32")
     k[:, :, 1], v[:, :, 1] = 2.0**120, -(2.0**120)
     k[:, :, 2], v[:, :, 2] = 2.0**-130, 2.0**-120
@@ -141,29 +144,38 @@ def test_product_codes_against_loops(xp):
                 start = part.stop
 
 
-def test_key_basis_measures_logits(calibration):
+@pytest.mark.parametrize("span", ["head", "layer"])
+def test_key_basis_measures_logits(calibration, span):
     """Squared error of the coefficients = mean square of what queries see of it."""
     statistics, rng = calibration[0], np.random.default_rng(1)
-    bases = key_bases(statistics)
+    bases = key_bases(statistics, span)
     error = rng.standard_normal((HEADS, 5, DIM))
-    coefficients = ((error @ bases.forward) ** 2).sum(-1)
     seen = np.einsum("htd,hde,hte->ht", error, statistics.query_moment, error)
+    covariance = statistics.key_covariance.reshape(HEADS, DIM, HEADS, DIM)
+    if span == "layer":
+        error, seen = error.swapaxes(0, 1).reshape(1, 5, -1), seen.sum(0, keepdims=True)
+        covariance = statistics.key_covariance[None]
+    else:
+        covariance = np.stack([covariance[h, :, h] for h in range(HEADS)])
+    coefficients = ((error @ bases.forward) ** 2).sum(-1)
     np.testing.assert_allclose(coefficients, seen, rtol=0.1)  # the ridge adds some
-    whitened = np.swapaxes(bases.forward, 1, 2) @ statistics.key_covariance @ bases.forward
+    whitened = np.swapaxes(bases.forward, 1, 2) @ covariance @ bases.forward
     diagonal = np.diagonal(whitened, axis1=1, axis2=2)
     np.testing.assert_allclose(diagonal / DIM, bases.damage, rtol=1e-6, atol=1e-9)
-    assert np.all(np.abs(whitened - np.eye(DIM) * diagonal[:, None]) < 1e-8 * diagonal[:, :1, None])
+    flat = np.eye(whitened.shape[-1])
+    assert np.all(np.abs(whitened - flat * diagonal[:, None]) < 1e-8 * diagonal[:, :1, None])
     identity = bases.forward @ bases.backward
-    np.testing.assert_allclose(identity, np.broadcast_to(np.eye(DIM), identity.shape), atol=1e-8)
+    np.testing.assert_allclose(identity, np.broadcast_to(flat, identity.shape), atol=1e-8)
 
 
 def test_water_level(calibration):
-    damages = [f(calibration[0]).damage for f in (key_bases, value_bases)]
+    damages = [f(calibration[0], "head").damage for f in (key_bases, value_bases)]
     for bits in (0.5, 2.0, 6.0):
         level = water_level(damages, bits)
         spent = np.concatenate([rates(d, level).ravel() for d in damages])
         assert abs(spent.mean() - bits) < 1e-9
-        assert sum(code_bytes(calibration[0], bits)) == max(2, round(bits * 14 / 8) - 1)
+        assert sum(code_bytes(calibration[0], bits, "head")) == max(2, round(bits * 14 / 8) - 1)
+        assert sum(code_bytes(calibration[0], bits, "layer")) == max(2, round(bits * 28 / 8) - 2)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8])
@@ -189,7 +201,7 @@ def test_more_bits_less_error_and_queries_help():
         calibration.update(0, *make(512, seed, dims=dims))
 
     def error(known: LayerStatistics, count: int) -> float:
-        code = train_role(key_bases(known), known.key_rows, count)
+        code = train_role(key_bases(known, "head"), known.key_rows, count)
         y = encode_product(k[0] @ code.forward, *code.codebooks)
         decoded = decode_product(y, *code.codebooks) @ code.backward + code.offset
         return metrics.attention_error(q[:, :, -200:], (k, v), (decoded[None], v))
@@ -208,7 +220,7 @@ def test_containers_carry_the_fingerprint_only(calibration):
     packed = pickle.dumps(compressed)
     assert len(packed) < compressed.nbytes + 4000
     copy: CompressedKV = pickle.loads(packed)
-    assert copy.keys.method.calibration == train(calibration[0], 2).fingerprint
+    assert copy.keys.method.calibration == train(calibration[0], 2, "layer").fingerprint
     for x, y in zip(
         KVCacheCompressor(method).decompress_kv(copy),
         KVCacheCompressor(method).decompress_kv(compressed),

@@ -20,9 +20,10 @@ from kvcompress._namespace import (
 )
 from kvcompress.backend import Ops
 from kvcompress.errors import SettingError
-from kvcompress.layer_code import LayerCode
+from kvcompress.layer_code import LayerCode, RoleCode
 from kvcompress.layer_statistics import HostArray
 from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
+from kvcompress.methods._spans import join_batch, join_heads, split_batch, split_heads
 from kvcompress.methods.base import Payload, Role, TensorSpec
 from kvcompress.ops.product import decode_product, encode_product
 
@@ -33,14 +34,16 @@ NORM_STEP = 12 / 254
 def encoded_spec(code: LayerCode, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
     """Arrays of the payload; see `Method.encoded_spec`."""
     heads, tokens, head_dim = spec.shape
-    part = code.keys if role == "keys" else code.values
-    known_heads, known_dim, _ = part.forward.shape
+    part, known_heads = _part(code, role), len(code.log_norm)
+    spans, span_dim, _ = part.forward.shape
+    known_dim = span_dim * spans // known_heads
     if head_dim != known_dim or heads % known_heads:
         raise SettingError(
             f"the calibration knows {known_heads} heads of {known_dim} {role}, "
             f"got {heads} of {head_dim}"
         )
-    payload = {"codes": TensorSpec((heads, tokens, len(part.codebooks)), "uint8")}
+    rows = heads // known_heads * spans
+    payload = {"codes": TensorSpec((rows, tokens, len(part.codebooks)), "uint8")}
     if role == "values":
         payload["norms"] = TensorSpec((heads, tokens), "uint8")
     return payload
@@ -48,49 +51,51 @@ def encoded_spec(code: LayerCode, spec: TensorSpec, role: Role) -> Mapping[str, 
 
 def encode(code: LayerCode, x: Array, role: Role, ops: Ops) -> tuple[Payload, Errors]:
     """Payload of a tensor, and what tells its errors: as the attention logits see those of keys."""
-    tables = _tables(code, role, x)
-    encode = _encode_keys if role == "keys" else _encode_values
-    payload, y = encode(tables, tables.fold(astype(x, "float32")), x, ops)
+    xp, tables = array_namespace(x), _tables(code, role, x)
+    batch, tokens, full = x.shape[0] // tables.heads, x.shape[1], astype(x, "float32")
+    if role == "values":
+        scaled, norm, peak = norms(full)
+        full = scaled * inverse(norm)
+    y = join_batch(join_heads(full, tables.together), tables.spans) @ tables.forward
+    codes = ops(encode_product, y, *tables.codebooks)
+    payload = {"codes": split_batch(codes, batch, tokens)}
+    if role == "values":
+        direction = _directions(tables, payload["codes"], ops)
+        gain = best_gain(*(xp.vecdot(a, direction)[..., None] for a in (full, direction)))
+        payload["norms"] = _norm_bytes((norm * gain * peak)[..., 0], tables.log_norm(x))
 
     def errors() -> Array:
-        xp = array_namespace(x)
-        error = y - ops(decode_product, tables.fold(payload["codes"]), *tables.codebooks)
+        error = y - ops(decode_product, codes, *tables.codebooks)
         error = xp.clip(error, -(2.0**60), 2.0**60)
-        return tables.unfold(xp.vecdot(error, error)[..., None], x)[..., 0]
+        return split_batch(xp.vecdot(error, error)[..., None], batch, tokens)[..., 0]
 
     return payload, errors
 
 
-def _encode_keys(tables: _Tables, folded: Array, like: Array, ops: Ops) -> tuple[Payload, Array]:
-    y = folded @ tables.forward
-    return {"codes": tables.unfold(ops(encode_product, y, *tables.codebooks), like)}, y
-
-
-def _encode_values(tables: _Tables, folded: Array, like: Array, ops: Ops) -> tuple[Payload, Array]:
-    xp = array_namespace(folded)
-    scaled, norm, peak = norms(folded)
-    y = (scaled @ tables.forward) * inverse(norm)
-    codes = ops(encode_product, y, *tables.codebooks)
-    # The basis of values is orthonormal and the offset orthogonal to it: all products of the unit
-    # value and the decoded direction, decoded @ backward + offset, come from the coefficients.
-    decoded, offset = ops(decode_product, codes, *tables.codebooks), tables.offset
-    rest = (scaled @ xp.matrix_transpose(offset)) * inverse(norm)
-    along = xp.vecdot(y, decoded)[..., None] + rest
-    power = xp.vecdot(decoded, decoded)[..., None] + xp.vecdot(offset, offset)[..., None]
-    norm = tables.unfold(norm * best_gain(along, power) * peak, like)[..., 0]
-    norm_bytes = _norm_bytes(norm, tables.log_norm(like))
-    return {"codes": tables.unfold(codes, like), "norms": norm_bytes}, y
-
-
 def decode(code: LayerCode, payload: Payload, role: Role, ops: Ops) -> Array:
     """Tensor ``[heads, tokens, head_dim]``, float32."""
-    codes = payload["codes"]
-    tables = _tables(code, role, codes)
-    decoded = ops(decode_product, tables.fold(codes), *tables.codebooks)
-    x = tables.unfold(decoded @ tables.backward + tables.offset, codes)
+    tables = _tables(code, role, payload["codes"])
+    x = _directions(tables, payload["codes"], ops)
     if role == "keys":
         return x
-    return x * _norms(payload["norms"], tables.log_norm(codes))[..., None]
+    return x * _norms(payload["norms"], tables.log_norm(x))[..., None]
+
+
+def heads_together(code: LayerCode, role: Role) -> int:
+    """Heads in a span."""
+    return len(code.log_norm) // len(_part(code, role).forward)
+
+
+def _part(code: LayerCode, role: Role) -> RoleCode:
+    return code.keys if role == "keys" else code.values
+
+
+def _directions(tables: _Tables, codes: Array, ops: Ops) -> Array:
+    """Keys, or the directions of values, that codes ``[batch * spans, tokens, n]`` stand for."""
+    batch, tokens = codes.shape[0] // tables.spans, codes.shape[1]
+    decoded = ops(decode_product, join_batch(codes, tables.spans), *tables.codebooks)
+    x = decoded @ tables.backward + tables.offset
+    return split_heads(split_batch(x, batch, tokens), tables.together)
 
 
 def _norm_bytes(norm: Array, log_norm: Array) -> Array:
@@ -115,29 +120,22 @@ class _Tables:
     codebooks: tuple[Array, ...]
     backward: Array
     offset: Array
-    heads: int
     host_log_norm: HostArray
+    spans: int
+
+    @property
+    def heads(self) -> int:
+        return len(self.host_log_norm)
+
+    @property
+    def together(self) -> int:
+        """Heads in a span."""
+        return self.heads // self.spans
 
     def log_norm(self, like: Array) -> Array:
         """Logarithms of typical norms, ``[batch * heads, 1]``."""
         known = np.tile(self.host_log_norm, like.shape[0] // self.heads)
         return array_namespace(like).asarray(known, device=device(like))[:, None]
-
-    def fold(self, x: Array) -> Array:
-        """``[batch * heads, tokens, n]`` to ``[heads, batch * tokens, n]``."""
-        xp = array_namespace(x)
-        rows, tokens, n = x.shape
-        x = xp.reshape(x, (rows // self.heads, self.heads, tokens, n))
-        return xp.reshape(
-            xp.permute_dims(x, (1, 0, 2, 3)), (self.heads, rows // self.heads * tokens, n)
-        )
-
-    def unfold(self, x: Array, like: Array) -> Array:
-        """Undo `fold`, for as many rows and tokens as `like` has."""
-        xp = array_namespace(x)
-        (rows, tokens), n = like.shape[:2], x.shape[-1]
-        x = xp.reshape(x, (self.heads, rows // self.heads, tokens, n))
-        return xp.reshape(xp.permute_dims(x, (1, 0, 2, 3)), (rows, tokens, n))
 
 
 def _tables(code: LayerCode, role: Role, like: Array) -> _Tables:
@@ -148,14 +146,14 @@ def _tables(code: LayerCode, role: Role, like: Array) -> _Tables:
 
 
 def _make_tables(code: LayerCode, role: Role, xp: Namespace, where: Any) -> _Tables:
-    part = code.keys if role == "keys" else code.values
+    part = _part(code, role)
 
     def move(x: HostArray) -> Array:
         return xp.asarray(x, device=where)
 
     books = tuple(map(move, part.codebooks))
     forward, backward, offset = map(move, (part.forward, part.backward, part.offset))
-    return _Tables(forward, books, backward, offset, part.forward.shape[0], code.log_norm)
+    return _Tables(forward, books, backward, offset, code.log_norm, len(part.forward))
 
 
 _kept_tables = lru_cache(maxsize=1024)(_make_tables)

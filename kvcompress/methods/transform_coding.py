@@ -13,9 +13,10 @@ from kvcompress.errors import CalibrationError, SettingError, check_fraction
 from kvcompress.layer_code import LayerCode
 from kvcompress.layer_statistics import LayerStatistics
 from kvcompress.methods import _own_transform, _trained_transform
+from kvcompress.methods._spans import join_heads, split_heads
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.outliers import gather_rows, largest, put_rows
-from kvcompress.training import train
+from kvcompress.training import Span, train
 
 EXACT = 0.005
 """Share of the keys kept exact, where nothing else is said."""
@@ -49,8 +50,11 @@ class TransformCoding(Method):
         codebooks are trained at first use, or what was trained so (`plan` trains, and saves). A
         fingerprint alone, as what is compressed carries it, can be compared but not used.
     exact : float
-        Share of the tokens of every head whose keys are coded worst and so kept as they are, in
+        Share of the tokens of every span whose keys are coded worst and so kept as they are, in
         [0, 1]; each costs its dtype and 32 bits. Worth more than the same bits in codes.
+    span : {"head", "layer"}
+        What a calibration codes together: the heads of a layer have much in common, so all of them
+        take less; a head by itself can be read without the others.
 
     Raises
     ------
@@ -61,6 +65,7 @@ class TransformCoding(Method):
     bits: float
     calibration: LayerStatistics | LayerCode | str | None = None
     exact: float = EXACT
+    span: Span = "layer"
 
     def __post_init__(self) -> None:
         bits: Any = self.bits
@@ -76,6 +81,8 @@ class TransformCoding(Method):
         if isinstance(known, LayerCode) and known.bits != bits:
             raise SettingError(f"this was trained for {known.bits} bits per value, not {bits}")
         check_fraction("exact", self.exact)
+        if self.span not in ("head", "layer"):
+            raise SettingError(f'span must be "head" or "layer", got {self.span!r}')
 
     @property
     def code(self) -> LayerCode | None:
@@ -91,7 +98,7 @@ class TransformCoding(Method):
                 f"calibration {self.calibration[:12]} is only named here, not present"
             )
         if isinstance(self.calibration, LayerStatistics):
-            return train(self.calibration, self.bits)
+            return train(self.calibration, self.bits, self.span)
         return self.calibration
 
     @property
@@ -113,7 +120,7 @@ class TransformCoding(Method):
                 "a KVCacheCompressor whose method is a TransformCoding with that calibration"
             )
         # Statistics can be trained for any rate, also for that of another compressor.
-        code = known if isinstance(known, LayerCode) else train(known, self.bits)
+        code = known if isinstance(known, LayerCode) else train(known, self.bits, self.span)
         if code.fingerprint != self.calibration:
             raise CalibrationError(
                 f"this was compressed with calibration {self.calibration[:12]}, "
@@ -127,6 +134,7 @@ class TransformCoding(Method):
             "bits": self.bits,
             "calibration": self.fingerprint,
             "exact": self.exact,
+            "span": self.span,
         }
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
@@ -138,8 +146,10 @@ class TransformCoding(Method):
         )
         if kept := self._kept(spec.shape[1], role):
             heads, _, head_dim = spec.shape
-            payload["exact_index"] = TensorSpec((heads, kept), "int32")
-            payload["exact_value"] = TensorSpec((heads, kept, head_dim), spec.dtype)
+            together = self._together(role)
+            rows, width = heads // together, head_dim * together
+            payload["exact_index"] = TensorSpec((rows, kept), "int32")
+            payload["exact_value"] = TensorSpec((rows, kept, width), spec.dtype)
         return payload
 
     def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
@@ -149,7 +159,8 @@ class TransformCoding(Method):
             payload, errors = _own_transform.encode(self.bits, x, ops)
         if kept := self._kept(x.shape[1], role):
             index = largest(errors(), kept)
-            payload |= {"exact_index": index, "exact_value": gather_rows(x, index)}
+            exact = gather_rows(join_heads(x, self._together(role)), index)
+            payload |= {"exact_index": index, "exact_value": exact}
         return payload
 
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
@@ -158,9 +169,16 @@ class TransformCoding(Method):
         else:
             x = _own_transform.decode(self.bits, payload, spec, ops)
         if self._kept(spec.shape[1], role):
-            x = put_rows(x, payload["exact_index"], astype(payload["exact_value"], "float32"))
+            together, exact = self._together(role), astype(payload["exact_value"], "float32")
+            x = put_rows(join_heads(x, together), payload["exact_index"], exact)
+            x = split_heads(x, together)
         return x
 
     def _kept(self, tokens: int, role: Role) -> int:
-        """Keys of a head that are kept as they are: none of a few tokens, one of a hundred."""
+        """Keys that are kept as they are: none of a few tokens, one of a hundred."""
         return math.floor(self.exact * tokens + 0.5) if role == "keys" else 0
+
+    def _together(self, role: Role) -> int:
+        """Heads that are coded together."""
+        code = self.code
+        return _trained_transform.heads_together(code, role) if code else 1
