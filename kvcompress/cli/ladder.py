@@ -12,10 +12,18 @@ from kvcompress.methods import (
     LowRank,
     Method,
     RotatedQuantization,
+    TransformCoding,
     VectorQuantization,
 )
 
-METHODS = (LowRank, VectorQuantization, Hybrid, GroupQuantization, RotatedQuantization)
+METHODS = (
+    LowRank,
+    VectorQuantization,
+    Hybrid,
+    GroupQuantization,
+    RotatedQuantization,
+    TransformCoding,
+)
 NAMES = tuple(method.__name__ for method in METHODS)
 
 
@@ -36,6 +44,7 @@ def ladder(head_dims: Iterable[int]) -> Mapping[str, tuple[Method, ...]]:
         tuple(Hybrid(rank, bits) for rank, bits in hybrid),
         tuple(GroupQuantization(bits, size) for bits, size in groups),
         tuple(RotatedQuantization(bits) for bits in (1, 2, 3, 4, 5, 6, 8)),
+        tuple(TransformCoding(bits) for bits in (1, 2, 3, 4)),
     )
     # Narrow heads make some settings coincide.
     return {name: tuple(dict.fromkeys(rung)) for name, rung in zip(NAMES, rungs, strict=True)}

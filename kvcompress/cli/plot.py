@@ -14,10 +14,12 @@ if TYPE_CHECKING:
 
     from kvcompress.cli.compare import Result
 
-COLORS = dict(zip(NAMES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), strict=True))
+COLORS = dict(
+    zip(NAMES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), strict=True)
+)
 """Of the Okabe-Ito palette, which the colour-blind can tell apart."""
 
-MARKERS = dict(zip(NAMES, "os^Dv", strict=True))
+MARKERS = dict(zip(NAMES, "os^DvP", strict=True))
 
 PANELS = {
     "key_relative_mse": "keys: rel-MSE",

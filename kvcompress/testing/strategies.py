@@ -20,6 +20,7 @@ from kvcompress.methods import (
     LowRank,
     Method,
     RotatedQuantization,
+    TransformCoding,
     VectorQuantization,
 )
 
@@ -128,6 +129,7 @@ def methods(head_dim: int) -> SearchStrategy[Method]:
         st.builds(Hybrid, rank, st.integers(0, 8), group_size, share),
         st.builds(GroupQuantization, st.sampled_from((0, *QUANT_BITS)), group_size, axis, axis),
         st.builds(RotatedQuantization, st.integers(1, 8), st.integers(0, 9)),
+        st.builds(TransformCoding, st.sampled_from((0.25, 1, 2.7, 8)), exact=share),
     )
 
 
