@@ -95,7 +95,8 @@ class GroupQuantization(Method):
             outer = payload["ends_lower"], payload["ends_upper"]
             ends = ops(dequantize, ends, *outer, spec=_ends(spec.dtype), channels=2 * columns)
         lower, upper = ends[..., :columns], ends[..., columns:]
-        return ops(dequantize, payload["codes"], lower, upper, spec=affine, channels=head_dim)
+        static = {"spec": affine, "channels": head_dim, "dtype": spec.dtype}
+        return ops(dequantize, payload["codes"], lower, upper, **static)
 
     def _affine(self, dtype: str, role: Role) -> AffineSpec:
         if not self.bits:

@@ -5,6 +5,7 @@ tested against.
 """
 
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
+from kvcompress.ops.bounds import within
 from kvcompress.ops.clipping import clip_groups
 from kvcompress.ops.hadamard import hadamard, inverse_hadamard
 from kvcompress.ops.kmeans import kmeans, lookup, nearest
@@ -40,4 +41,5 @@ __all__ = [
     "reconstruct",
     "unpack",
     "variances",
+    "within",
 ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvcompress._namespace import Array, array_namespace, astype, dtype_name
+from kvcompress._namespace import Array, array_namespace, astype, dtype_name, narrow
 from kvcompress.ops.packing import pack, packed_size, unpack
 
 TINY = 2.0**-100
@@ -87,13 +87,29 @@ def quantize(x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
 
 
 def dequantize(
-    codes: Array, lower: Array, upper: Array, *, spec: AffineSpec, channels: int
+    codes: Array,
+    lower: Array,
+    upper: Array,
+    *,
+    spec: AffineSpec,
+    channels: int,
+    dtype: str = "float32",
 ) -> Array:
     """Undo `quantize`, up to half a step.
 
+    Parameters
+    ----------
+    codes, lower, upper : arrays
+        As `quantize` returned them; the ends may have been rounded since.
+    spec : AffineSpec
+    channels : int
+    dtype : {"float16", "bfloat16", "float32"}
+        Of the result, to which the float32 values are narrowed: what exceeds float16 becomes its
+        largest.
+
     Returns
     -------
-    array ``[..., tokens, channels]``, float32
+    array ``[..., tokens, channels]`` of `dtype`
     """
     xp = array_namespace(codes, lower, upper)
     tokens = codes.shape[-2]
@@ -103,7 +119,7 @@ def dequantize(
     start = xp.expand_dims(astype(lower, "float32"), axis=axis)
     extent = xp.expand_dims(astype(upper, "float32"), axis=axis) - start
     groups = groups * (extent * (1.0 / (2**spec.bits - 1))) + start
-    return _ungroup(xp, groups, tokens, channels, axis)
+    return narrow(_ungroup(xp, groups, tokens, channels, axis), dtype)
 
 
 def _canonical(xp: Any, x: Array) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from kvcompress._namespace import Array, array_namespace, astype, device
+from kvcompress._namespace import Array, array_namespace, astype, device, narrow
 from kvcompress.ops.affine import TINY
 from kvcompress.ops.hadamard import hadamard, inverse_hadamard
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
@@ -68,11 +68,14 @@ def quantize_rotated(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
     cell = xp.clip(cell, 0.0, table.shape[0] - 1.0)
     codes = xp.take(table, xp.reshape(xp.astype(cell, xp.int32), (math.prod(shape),)))
     level = xp.reshape(_levels(codes, spec.bits), shape)
-    gain = peak * rms * (_dot(x, level) / _dot(level, level))
+    # The smallest levels of many channels may be rounded to zero.
+    gain = peak * rms * (_dot(x, level) / xp.where(zero, 1.0, _dot(level, level)))
     return pack(xp.reshape(codes, shape), spec.bits), xp.where(zero, 0.0, gain)
 
 
-def dequantize_rotated(codes: Array, gain: Array, *, spec: RotatedSpec, channels: int) -> Array:
+def dequantize_rotated(
+    codes: Array, gain: Array, *, spec: RotatedSpec, channels: int, dtype: str = "float32"
+) -> Array:
     """Undo `quantize_rotated`.
 
     Parameters
@@ -81,10 +84,13 @@ def dequantize_rotated(codes: Array, gain: Array, *, spec: RotatedSpec, channels
         As `quantize_rotated` returned them; the gain may have been rounded since.
     spec : RotatedSpec
     channels : int
+    dtype : {"float16", "bfloat16", "float32"}
+        Of the result, to which the float32 values are narrowed: what exceeds float16 becomes its
+        largest.
 
     Returns
     -------
-    array ``[..., tokens, channels]``, float32
+    array ``[..., tokens, channels]`` of `dtype`
         Magnitudes at most 2**126.
     """
     xp = array_namespace(codes, gain)
@@ -92,7 +98,7 @@ def dequantize_rotated(codes: Array, gain: Array, *, spec: RotatedSpec, channels
     level = _levels(xp.reshape(codes, (math.prod(codes.shape),)), spec.bits)
     x = inverse_hadamard(xp.reshape(level, codes.shape), seed=spec.seed)
     # No source was larger, so this cannot hurt, and float32 cannot overflow.
-    return xp.clip(x * astype(gain, "float32"), -(2.0**126), 2.0**126)
+    return narrow(xp.clip(x * astype(gain, "float32"), -(2.0**126), 2.0**126), dtype)
 
 
 def _inverse(scale: Array, zero: Array) -> Array:
