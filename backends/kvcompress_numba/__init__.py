@@ -38,6 +38,10 @@ class NumbaBackend:
         if not all(map(_usable, arrays)):
             return False
         first, *others = (a.dtype.name for a in arrays)
+        if op in ("nearest", "encode_product"):
+            return {first, *others} == {"float32"}
+        if op == "decode_product":
+            return first == "uint8" and set(others) == {"float32"}
         if op in ("dequantize", "dequantize_rotated"):
             if first != "uint8" or not all(name in FLOATING for name in others):
                 return False
@@ -83,6 +87,24 @@ class NumbaBackend:
         from kvcompress_numba.rotated import dequantize_rotated
 
         return dequantize_rotated(codes, gain, **static)
+
+    def nearest(self, x: NDArray, codebook: NDArray) -> NDArray:
+        """See `kvcompress.ops.nearest`."""
+        from kvcompress_numba.codebooks import nearest
+
+        return nearest(x, codebook)
+
+    def encode_product(self, x: NDArray, *codebooks: NDArray) -> NDArray:
+        """See `kvcompress.ops.encode_product`."""
+        from kvcompress_numba.codebooks import encode_product
+
+        return encode_product(x, *codebooks)
+
+    def decode_product(self, codes: NDArray, *codebooks: NDArray) -> NDArray:
+        """See `kvcompress.ops.decode_product`."""
+        from kvcompress_numba.codebooks import decode_product
+
+        return decode_product(codes, *codebooks)
 
 
 def _usable(x: Any) -> bool:
