@@ -77,6 +77,7 @@ def is_concrete(x: Array) -> bool:
     return True
 
 
+@cache  # NumPy takes microseconds to name a dtype
 def dtype_name(dtype: Any) -> str:
     """Name a dtype independently of its library: ``float16``, ``bfloat16``, ``uint8``, ..."""
     return str(dtype).rpartition(".")[2]

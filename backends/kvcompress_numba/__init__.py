@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcompress._namespace import FLOATING
+from kvcompress._namespace import FLOATING, dtype_name
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.rotated import RotatedSpec
 
@@ -37,7 +37,7 @@ class NumbaBackend:
         """See `kvcompress.backend.Backend`."""
         if not all(map(_usable, arrays)):
             return False
-        first, *others = (a.dtype.name for a in arrays)
+        first, *others = (dtype_name(a.dtype) for a in arrays)
         if op in ("nearest", "encode_product"):
             return {first, *others} == {"float32"}
         if op == "decode_product":

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvcompress._namespace import dtype_name
 from kvcompress.ops.affine import TINY, AffineSpec
 from kvcompress_numba.arrays import NDArray, divided, empty, fold, following, rows
 from kvcompress_numba.packing import one_plane, pack_row, unpack_row
@@ -39,7 +40,7 @@ def quantize(x: NDArray, *, spec: AffineSpec) -> tuple[NDArray, NDArray, NDArray
     """See `kvcompress.ops.quantize`."""
     *lead, _, _ = x.shape
     heads, tokens, channels = fold(x.shape)
-    ends_dtype = spec.ends_dtype or x.dtype.name
+    ends_dtype = spec.ends_dtype or dtype_name(x.dtype)
     codes, flat = empty((*lead, *spec.codes_shape(tokens, channels)), "uint8")
     shape = (*lead, *spec.ends_shape(tokens, channels))
     (lower, low), (upper, high) = empty(shape, ends_dtype), empty(shape, ends_dtype)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kvcompress._namespace import dtype_of, namespace_of
+from kvcompress._namespace import dtype_name, dtype_of, namespace_of
 from kvcompress_numba.threads import inline
 
 NDArray = np.ndarray[Any, Any]
@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
 def rows(x: NDArray) -> Rows:
     """View `x`, to be read; a copy only where rows are not contiguous."""
-    x = x.view(STORAGE[x.dtype.name]).reshape(fold(x.shape))
+    x = x.view(STORAGE[dtype_name(x.dtype)]).reshape(fold(x.shape))
     heads, tokens, n = x.shape
     if not x.flags.c_contiguous:
         size = x.itemsize

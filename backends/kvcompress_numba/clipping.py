@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from kvcompress._namespace import dtype_name
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.clipping import CUTS, errors
 from kvcompress_numba.affine import channel_ends, code_row, ends, store_ends
@@ -34,7 +35,7 @@ def clip_groups(x: NDArray, *, spec: AffineSpec) -> NDArray:
     heads, tokens, channels = fold(x.shape)
     out, flat = empty(x.shape, "float32")
     shape = (*lead, *spec.ends_shape(tokens, channels))
-    (_, low), (_, high) = (empty(shape, spec.ends_dtype or x.dtype.name) for _ in range(2))
+    (_, low), (_, high) = (empty(shape, spec.ends_dtype or dtype_name(x.dtype)) for _ in range(2))
     table = _table(spec.bits)
     args = *rows(x), tokens, channels, spec.group_size, table, low, high, flat
     scratch = (3 + LANES) * channels + 2
