@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import bfloat16
 from kvcompress import RotatedQuantization, SettingError, TensorSpec
+from kvcompress._namespace import on_cpu
 from kvcompress.backend import Ops
 from kvcompress.ops import RotatedSpec, dequantize_rotated, hadamard, quantize_rotated
 from kvcompress.ops.lloyd_max import levels
@@ -231,3 +232,27 @@ def test_zeros_have_no_gain_even_where_the_levels_round_to_nothing(xp):
     zeros = xp.asarray(np.zeros((1, 2, 1024), "float32"))
     _, gain = xp.run(quantize_rotated, zeros, spec=spec)
     assert not xp.numpy(gain).any()
+
+
+@pytest.mark.parametrize("values", [1, 48, 64, 2**20])
+def test_blocks_give_the_same(xp, values, monkeypatch):
+    x = np.random.default_rng(0).standard_normal((2, 5, 16)).astype("float32")
+    spec = RotatedSpec(3, 0)
+    expected = quantize_rotated(x, spec=spec)
+    monkeypatch.setattr("kvcompress.ops.rotated.VALUES", values)
+    encoded = quantize_rotated(xp.asarray(x), spec=spec)
+    for a, b in zip(encoded, expected, strict=True):
+        np.testing.assert_array_equal(xp.numpy(a), b, strict=True)
+    out = xp.numpy(dequantize_rotated(*encoded, spec=spec, channels=16))
+    monkeypatch.undo()
+    decoded = dequantize_rotated(*expected, spec=spec, channels=16)
+    np.testing.assert_allclose(out, decoded, rtol=0, atol=1e-5)
+
+
+@pytest.mark.library("jax")
+def test_a_processor_is_told_from_an_accelerator():
+    import jax
+
+    assert on_cpu(np.ones(1))
+    assert on_cpu(jax.numpy.ones(1)) == (jax.default_backend() == "cpu")
+    assert jax.jit(lambda x: x + on_cpu(x))(0.0) == (jax.default_backend() == "cpu")
