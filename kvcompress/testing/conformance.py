@@ -97,6 +97,10 @@ def cases() -> Iterator[Case]:
             encoded = tuple(to_host(a) for a in ops.quantize_rotated(x, spec=rotated))
             static = {"spec": rotated, "channels": shape[-1], "dtype": dtype}
             yield Case("dequantize_rotated", encoded, static, _derotated)
+    for ends_dtype, axis in itertools.product(FLOATING[:2], _AXES):
+        # So far from zero that the ends, rounded, leave values outside.
+        x = _tensor((3, 65, 16), "float32", seed=next(seeds), extreme=False) / 16 + 300
+        yield Case("quantize", (x,), {"spec": AffineSpec(4, 16, axis, ends_dtype)})
     for (_, vectors, dim), size in itertools.product(_SHAPES[:-1], (2, 3, 256)):
         x = _tensor((vectors, dim), "float32", seed=next(seeds), extreme=False)
         codebook = _tensor((size, dim), "float32", seed=next(seeds), extreme=False)
