@@ -97,6 +97,9 @@ def cases() -> Iterator[Case]:
             encoded = tuple(to_host(a) for a in ops.quantize_rotated(x, spec=rotated))
             static = {"spec": rotated, "channels": shape[-1], "dtype": dtype}
             yield Case("dequantize_rotated", encoded, static, _derotated)
+    x = 2.0**-99 * (1 + np.random.default_rng(next(seeds)).integers(0, 9, (2, 40, 16)) * 2.0**-23)
+    for axis in _AXES:  # ranges that count as none, between ends that count
+        yield Case("quantize", (x.astype("float32"),), {"spec": AffineSpec(4, 16, axis)})
     for ends_dtype, axis in itertools.product(FLOATING[:2], _AXES):
         # So far from zero that the ends, rounded, leave values outside.
         x = _tensor((3, 65, 16), "float32", seed=next(seeds), extreme=False) / 16 + 300
