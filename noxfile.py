@@ -40,11 +40,24 @@ PYTHONS = [python for python in nox.project.python_versions(PYPROJECT) if works(
 OLDEST, NEWEST = PYTHONS[0], PYTHONS[-1]
 
 # JAX compiles every operation for every shape: one Python. PyTorch is large: one Python too, and
-# the lowest version, so that the bound is a tested one.
+# the lowest version, so that the bound is a tested one. With Numba, the kernels run the suite: its
+# lowest version with PyTorch's.
 MATRIX = [(python, "numpy") for python in PYTHONS]
-MATRIX += [(NEWEST, "jax"), (OLDEST, "torch")]
-INSTALL = {"numpy": [], "jax": EXTRAS["jax"], "torch": lowest(*EXTRAS["torch"])}
-LIBRARIES = {"numpy": ["numpy", "strict"], "jax": ["jax"], "torch": ["torch"]}
+MATRIX += [(NEWEST, "jax"), (NEWEST, "cpu"), (OLDEST, "torch"), (OLDEST, "torch-cpu")]
+INSTALL = {
+    "numpy": [],
+    "jax": EXTRAS["jax"],
+    "cpu": EXTRAS["cpu"],
+    "torch": lowest(*EXTRAS["torch"]),
+    "torch-cpu": lowest(*EXTRAS["torch"], *EXTRAS["cpu"]),
+}
+LIBRARIES = {
+    "numpy": ["numpy", "strict"],
+    "jax": ["jax"],
+    "cpu": ["numpy"],
+    "torch": ["torch"],
+    "torch-cpu": ["numpy", "torch"],
+}
 
 
 def pytest(session: nox.Session, *args: str) -> None:

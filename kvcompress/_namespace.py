@@ -79,7 +79,12 @@ def is_concrete(x: Array) -> bool:
 
 def dtype_name(dtype: Any) -> str:
     """Name a dtype independently of its library: ``float16``, ``bfloat16``, ``uint8``, ..."""
-    return str(dtype).rpartition(".")[2]
+    return _numpy_name(dtype) if isinstance(dtype, np.dtype) else str(dtype).rpartition(".")[2]
+
+
+@cache  # NumPy takes microseconds to name a dtype
+def _numpy_name(dtype: np.dtype[Any]) -> str:
+    return str(dtype)
 
 
 def itemsize(name: str) -> int:
@@ -125,21 +130,49 @@ def narrow(x: Array, name: str) -> Array:
     return astype(x, name)
 
 
-def map_blocks(function: Callable[[Array], Array], x: Array, rows: int) -> Array:
-    """Apply `function`, which maps rows one by one, to at most `rows` rows of `x` at a time."""
-    xp = compat.array_namespace(x)
-    count, rest = divmod(x.shape[0], rows)
+def map_blocks(function: Callable[..., Any], rows: int, *arrays: Array) -> Any:
+    """Apply `function`, which maps rows one by one, to at most `rows` rows of `arrays` at a time.
+
+    It returns an array or a tuple of arrays of as many rows.
+    """
+    xp = compat.array_namespace(*arrays)
+    count, rest = divmod(arrays[0].shape[0], rows)
     if count == 0 or (count, rest) == (1, 0):
-        return function(x)
-    whole = x[: count * rows, ...]
+        return function(*arrays)
+    if compat.is_torch_namespace(xp) and not is_concrete(arrays[0]):
+        return function(*arrays)  # its compiler would write the loop out
+    end = count * rows
     if compat.is_jax_namespace(xp):
         # A loop of slices would be compiled block by block, and all blocks held at once.
-        blocks = xp.reshape(whole, (count, rows, *x.shape[1:]))
-        mapped = sys.modules["jax"].lax.map(function, blocks)
-        parts = [xp.reshape(mapped, (count * rows, *mapped.shape[2:]))]
+        jax = sys.modules["jax"]
+        blocks = [xp.reshape(x[:end, ...], (count, rows, *x.shape[1:])) for x in arrays]
+        mapped = jax.lax.map(lambda block: function(*block), blocks)
+        parts = [jax.tree.map(lambda x: xp.reshape(x, (end, *x.shape[2:])), mapped)]
     else:
-        parts = [function(whole[i * rows : (i + 1) * rows, ...]) for i in range(count)]
-    return xp.concat([*parts, function(x[count * rows :, ...])] if rest else parts, axis=0)
+        parts = [function(*(x[i : i + rows, ...] for x in arrays)) for i in range(0, end, rows)]
+    if rest:
+        parts.append(function(*(x[end:, ...] for x in arrays)))
+    if isinstance(parts[0], tuple):
+        return tuple(xp.concat(list(part), axis=0) for part in zip(*parts, strict=True))
+    return xp.concat(parts, axis=0)
+
+
+def on_cpu(x: Array) -> bool:
+    """Tell whether a processor with caches computes on `x`, not a GPU or the like."""
+    if compat.is_jax_array(x):
+        jax = sys.modules["jax"]
+        platform = x.device.platform if is_concrete(x) else jax.default_backend()
+        return bool(platform == "cpu")
+    return not compat.is_cupy_array(x) and getattr(device(x), "type", "cpu") == "cpu"
+
+
+def extremes(x: Array, axis: int) -> tuple[Array, Array]:
+    """Smallest and largest values along an axis, as float32."""
+    xp = compat.array_namespace(x)
+    if compat.is_numpy_namespace(xp):
+        x = astype(x, "float32")  # it compares no other floats as fast
+    # Elsewhere, a float32 copy would be written to memory first.
+    return astype(xp.min(x, axis=axis), "float32"), astype(xp.max(x, axis=axis), "float32")
 
 
 def largest(x: Array, count: int) -> Array:

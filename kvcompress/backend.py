@@ -99,9 +99,10 @@ def select(name: str | None = None) -> Ops:
         )
     try:
         backend = load(name)
+        available = backend.available()
     except Exception as error:
         raise BackendError(f"backend {name!r} failed to load: {error}") from error
-    if not backend.available():
+    if not available:
         raise BackendError(f"backend {name!r} is installed but not available on this machine")
     return Ops((backend,))
 

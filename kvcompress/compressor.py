@@ -29,6 +29,7 @@ from kvcompress.errors import (
     check_integer,
 )
 from kvcompress.methods.base import Method, Role, TensorSpec
+from kvcompress.ops.bounds import within
 
 LARGEST = 2.0**120
 """Largest magnitude accepted: what is computed from such still fits float32."""
@@ -247,7 +248,7 @@ class KVCacheCompressor:
         for role, x in tensors.items():
             # Settings that do not fit the shape raise here, before anything is computed.
             self._method(role).encoded_spec(self._split_spec(x.shape, dtype)[0], role)
-        finite = {role: self._finite(x, role) for role, x in tensors.items()}
+        finite = {role: self._finite(x, role, ops) for role, x in tensors.items()}
         keys, values = (self._encode(x, role, ops) for role, x in finite.items())
         sinks = min(self.sinks, k.shape[-2])
         return CompressedKV(keys, values, layout, (tuple(k.shape), tuple(v.shape)), dtype, sinks)
@@ -298,7 +299,7 @@ class KVCacheCompressor:
         method = self.value_method if role == "values" and self.value_method else self.method
         return method.bind(self.quant_bits)
 
-    def _finite(self, x: Array, role: Role) -> Array:
+    def _finite(self, x: Array, role: Role, ops: Ops) -> Array:
         xp, dtype = array_namespace(x), dtype_name(x.dtype)
         limit = min(LARGEST, float(xp.finfo(x.dtype).max)) if dtype == "float16" else LARGEST
         if self.nonfinite == "saturate":
@@ -306,10 +307,8 @@ class KVCacheCompressor:
             x = xp.where(xp.isnan(x), xp.zeros_like(x), x)
             x = xp.where(x > limit, xp.full_like(x, limit), x)
             return xp.where(x < -limit, xp.full_like(x, -limit), x)
-        if is_concrete(x):
-            bad = ~(xp.abs(x) <= limit)
-            if bool(xp.any(bad)):
-                raise NonFiniteError(_first(bad, x, role))
+        if is_concrete(x) and not bool(ops(within, x, limit=limit)):
+            raise NonFiniteError(_first(~(xp.abs(x) <= limit), x, role))
         return x
 
 

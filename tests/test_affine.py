@@ -206,3 +206,18 @@ def test_arguments_are_left_alone(x):
     same_bits(x, before)
     for a, b in zip(encoded, kept, strict=True):
         same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_decodes_to_a_narrower_dtype(xp, dtype):
+    if dtype not in xp.dtypes:
+        pytest.skip(f"{xp} has no {dtype}")
+    spec = AffineSpec(4, 4, "token")
+    x = np.random.default_rng(0).standard_normal((2, 5, 8)).astype("float32") * 1e5
+    encoded = xp.run(quantize, xp.asarray(x), spec=spec)
+    wide = xp.numpy(xp.run(dequantize, *encoded, spec=spec, channels=8))
+    out = xp.numpy(xp.run(dequantize, *encoded, spec=spec, channels=8, dtype=dtype))
+    assert out.dtype == DTYPES[dtype]
+    assert (abs(wide) > 65504).any()
+    expected = np.clip(wide, -65504, 65504) if dtype == "float16" else wide
+    np.testing.assert_array_equal(out, expected.astype(out.dtype))

@@ -36,6 +36,8 @@ def modules_after(program):
         "z = c.KVCacheCompressor(c.Hybrid(2), backend='generic'); "
         "z.decompress_kv(z.compress_kv(x, x))",
         "import kvcompress.testing.conformance",
+        "import kvcompress_numba, kvcompress_torch",
+        "from kvcompress.backend import names, load; [load(n) for n in names()]",
     ],
 )
 def test_imports_no_array_library_but_numpy(program):

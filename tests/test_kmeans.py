@@ -142,10 +142,14 @@ def test_blocks_give_the_same(xp, rows):
         seen.append(block.shape[0])
         return block[:, 0] * 2
 
-    out = map_blocks(function, xp.asarray(x), rows)
+    out = map_blocks(function, rows, xp.asarray(x))
     np.testing.assert_array_equal(xp.numpy(out), x[:, 0] * 2, strict=True)
     assert max(seen) <= rows
     assert xp.is_jax or sum(seen) == VECTORS
+    # Several arrays, either way.
+    halves = map_blocks(lambda a, b: (a[:, :2] - b, b), rows, xp.asarray(x), out[:, None])
+    np.testing.assert_array_equal(xp.numpy(halves[0]), x[:, :2] - x[:, :1] * 2, strict=True)
+    np.testing.assert_array_equal(xp.numpy(halves[1]), x[:, :1] * 2, strict=True)
 
 
 @pytest.mark.parametrize("distances", [1, 42, 300])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import bfloat16
 from kvcompress import RotatedQuantization, SettingError, TensorSpec
+from kvcompress._namespace import on_cpu
 from kvcompress.backend import Ops
 from kvcompress.ops import RotatedSpec, dequantize_rotated, hadamard, quantize_rotated
 from kvcompress.ops.lloyd_max import levels
@@ -34,7 +36,8 @@ def encode(x, *, method):
 
 
 def decode(payload, *, method, spec):
-    return method.decode(payload, spec, "keys", Ops())
+    """In float32: what narrowing adds is tested with the operations."""
+    return method.decode(payload, replace(spec, dtype="float32"), "keys", Ops())
 
 
 def rotated(x, seed):
@@ -206,3 +209,50 @@ def test_the_largest_values_do_not_become_infinite(xp, dtype, bits):
 def test_settings_out_of_range(settings, message):
     with pytest.raises(SettingError, match=f"^{message}$"):
         RotatedQuantization(**settings)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_decodes_to_a_narrower_dtype(xp, dtype):
+    if dtype not in xp.dtypes:
+        pytest.skip(f"{xp} has no {dtype}")
+    spec = RotatedSpec(3, 1)
+    x = np.random.default_rng(0).standard_normal((2, 5, 16)).astype("float32") * 1e5
+    static = {"spec": spec, "channels": 16}
+    encoded = xp.run(quantize_rotated, xp.asarray(x), spec=spec)
+    wide = xp.numpy(xp.run(dequantize_rotated, *encoded, **static))
+    out = xp.numpy(xp.run(dequantize_rotated, *encoded, **static, dtype=dtype))
+    assert out.dtype == DTYPES[dtype]
+    assert (abs(wide) > 65504).any()
+    expected = np.clip(wide, -65504, 65504) if dtype == "float16" else wide
+    np.testing.assert_array_equal(out, expected.astype(out.dtype))
+
+
+def test_zeros_have_no_gain_even_where_the_levels_round_to_nothing(xp):
+    spec = RotatedSpec(8, 0)
+    zeros = xp.asarray(np.zeros((1, 2, 1024), "float32"))
+    _, gain = xp.run(quantize_rotated, zeros, spec=spec)
+    assert not xp.numpy(gain).any()
+
+
+@pytest.mark.parametrize("values", [1, 48, 64, 2**20])
+def test_blocks_give_the_same(xp, values, monkeypatch):
+    x = np.random.default_rng(0).standard_normal((2, 5, 16)).astype("float32")
+    spec = RotatedSpec(3, 0)
+    expected = quantize_rotated(x, spec=spec)
+    monkeypatch.setattr("kvcompress.ops.rotated.VALUES", values)
+    encoded = quantize_rotated(xp.asarray(x), spec=spec)
+    for a, b in zip(encoded, expected, strict=True):
+        np.testing.assert_array_equal(xp.numpy(a), b, strict=True)
+    out = xp.numpy(dequantize_rotated(*encoded, spec=spec, channels=16))
+    monkeypatch.undo()
+    decoded = dequantize_rotated(*expected, spec=spec, channels=16)
+    np.testing.assert_allclose(out, decoded, rtol=0, atol=1e-5)
+
+
+@pytest.mark.library("jax")
+def test_a_processor_is_told_from_an_accelerator():
+    import jax
+
+    assert on_cpu(np.ones(1))
+    assert on_cpu(jax.numpy.ones(1)) == (jax.default_backend() == "cpu")
+    assert jax.jit(lambda x: x + on_cpu(x))(0.0) == (jax.default_backend() == "cpu")

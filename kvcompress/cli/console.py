@@ -66,7 +66,7 @@ def results_table(
     return table
 
 
-def progress(items: Iterable[T], total: int, description: str) -> Iterator[T]:
+def progress(items: Iterable[T], total: int | None, description: str) -> Iterator[T]:
     """Pass the items on, with a progress bar on stderr if that is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:

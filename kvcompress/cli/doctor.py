@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
+import time
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import click
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 import kvcompress
 from kvcompress import backend
+from kvcompress._namespace import FLOATING, dtype_of, namespace_of
 from kvcompress.cli.console import stdout
+from kvcompress.cli.ladder import NAMES, ladder, settings
+from kvcompress.compressor import KVCacheCompressor
 from kvcompress.errors import BackendError
 
 CORE = ("numpy", "array-api-compat", "array-api-extra")
@@ -26,17 +32,20 @@ LIBRARIES = {
     "JAX": ("jax",),
     "PyTorch": ("torch",),
     "CuPy": ("cupy-cuda12x", "cupy-cuda13x", "cupy"),
+    "Numba": ("numba",),
     "array-api-strict": ("array-api-strict",),
 }
 
 
 @click.command()
-def doctor() -> None:
+@click.option("--warm", is_flag=True, help="Compile the kernels, and tell how long it takes.")
+def doctor(warm: bool) -> None:
     """Show versions, bfloat16 support, and the backends found and in use.
 
     \b
-    Example:
+    Examples:
       KVCOMPRESS_BACKEND=generic kvcompress doctor
+      kvcompress doctor --warm
     """  # noqa: D301
     console = stdout()
     console.print(
@@ -49,6 +58,8 @@ def doctor() -> None:
     setting = os.environ.get(backend.ENVIRONMENT)
     console.print(f"{backend.ENVIRONMENT}: {setting or 'not set, so auto'}")
     console.print(f"in use: {_in_use()}")
+    if warm:
+        console.print(_warm())
 
 
 def _libraries() -> Table:
@@ -60,6 +71,8 @@ def _libraries() -> Table:
 
 
 def _bfloat16(library: str) -> str:
+    if library == "Numba":
+        return ""
     if library == "array-api-strict":
         return "no"
     if library in ("NumPy", "CuPy"):
@@ -91,6 +104,23 @@ def _in_use() -> str:
         except BackendError as error:
             return f"none: {error}"
     return ", ".join([*(b.name for b in chosen), "generic"])
+
+
+def _warm() -> Table:
+    """Time the first and the second call of every method on NumPy arrays of a few tokens."""
+    table = Table("first and second call", "dtype", "first", "second", box=SIMPLE_HEAD)
+    for name, dtype in itertools.product(NAMES, FLOATING):
+        method = ladder([64])[name][0]
+        compressor = KVCacheCompressor(method)
+        k = np.ones((1, 2, 64, 64), dtype_of(namespace_of(np), dtype))
+        seconds = []
+        for _ in range(2):
+            start = time.perf_counter()
+            compressor.decompress_kv(compressor.compress_kv(k, k))
+            seconds.append(time.perf_counter() - start)
+        first, second = seconds
+        table.add_row(f"{name}({settings(method)})", dtype, f"{first:.2f} s", f"{second:.4f} s")
+    return table
 
 
 def _version(distribution: str) -> str | None:

@@ -8,6 +8,7 @@ import statistics
 import time
 import tracemalloc
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import click
@@ -23,6 +24,7 @@ class Library:
     """An eager array library whose calls return when their work is done; here NumPy."""
 
     module = "numpy"
+    compiles = False
 
     def __init__(self) -> None:
         try:
@@ -70,6 +72,7 @@ class Jax(Library):
     """JAX: compiled, asynchronous; XLA says what a program will hold."""
 
     module = "jax.numpy"
+    compiles = True
 
     def compile(self, function: Callable[..., T]) -> Callable[..., T]:  # noqa: D102
         return _Program(function)
@@ -110,6 +113,12 @@ class Torch(Library):
 
 
 LIBRARIES: dict[str, type[Library]] = {"numpy": Library, "jax": Jax, "torch": Torch}
+
+
+def installed() -> list[str]:
+    """Names of the libraries that are installed."""
+    return [name for name, library in LIBRARIES.items() if find_spec(library.module.split(".")[0])]
+
 
 library_option = click.option(
     "--library",

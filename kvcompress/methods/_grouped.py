@@ -43,16 +43,18 @@ def encode(affine: AffineSpec, x: Array, ops: Ops) -> Payload:
     return {"codes": codes, "ends": ends, "ends_lower": ends_lower, "ends_upper": ends_upper}
 
 
-def decode(affine: AffineSpec, payload: Payload, spec: TensorSpec, ops: Ops) -> Array:
-    """Undo `encode`: float32, of the shape of `spec`."""
+def decode(
+    affine: AffineSpec, payload: Payload, spec: TensorSpec, ops: Ops, *, dtype: str = "float32"
+) -> Array:
+    """Undo `encode`: of the shape of `spec`, narrowed to `dtype`."""
     _, tokens, channels = spec.shape
     _, columns = affine.ends_shape(tokens, channels)
     ends = payload["ends"]
     if affine.bits != 8:
         outer = payload["ends_lower"], payload["ends_upper"]
         ends = ops(dequantize, ends, *outer, spec=_outer(spec.dtype), channels=2 * columns)
-    lower, upper = ends[..., :columns], ends[..., columns:]
-    return ops(dequantize, payload["codes"], lower, upper, spec=affine, channels=channels)
+    codes, lower, upper = payload["codes"], ends[..., :columns], ends[..., columns:]
+    return ops(dequantize, codes, lower, upper, spec=affine, channels=channels, dtype=dtype)
 
 
 def _outer(dtype: str) -> AffineSpec:

@@ -73,7 +73,7 @@ class Method(ABC):
 
     @abstractmethod
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
-        """Restore the tensor of shape `spec.shape`; the compressor casts it to its dtype."""
+        """Restore the tensor of shape `spec.shape`, in float32 or in its dtype."""
 
     def bind(self, quant_bits: int) -> Self:
         """Fill in the compressor's `quant_bits` where the settings leave them open."""

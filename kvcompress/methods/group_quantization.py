@@ -63,12 +63,13 @@ class GroupQuantization(Method):
 
     def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
         affine = self._affine(dtype_name(x.dtype), role)
-        return _grouped.encode(
-            affine, ops(clip_groups, x, spec=affine) if self.bits == 2 else x, ops
-        )
+        if self.bits == 2:
+            x = ops(clip_groups, x, spec=affine)
+        return _grouped.encode(affine, x, ops)
 
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
-        return _grouped.decode(self._affine(spec.dtype, role), payload, spec, ops)
+        affine = self._affine(spec.dtype, role)
+        return _grouped.decode(affine, payload, spec, ops, dtype=spec.dtype)
 
     def _affine(self, dtype: str, role: Role) -> AffineSpec:
         if not self.bits:

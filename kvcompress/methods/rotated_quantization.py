@@ -70,8 +70,8 @@ class RotatedQuantization(Method):
             spec=_gains(spec.dtype),
             channels=1,
         )
-        channels = spec.shape[-1]
-        return ops(dequantize_rotated, payload["codes"], gain, spec=self._spec, channels=channels)
+        static = {"spec": self._spec, "channels": spec.shape[-1], "dtype": spec.dtype}
+        return ops(dequantize_rotated, payload["codes"], gain, **static)
 
     @property
     def _spec(self) -> RotatedSpec:

@@ -6,6 +6,7 @@ tested against.
 
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
 from kvcompress.ops.allocated import allocate, dequantize_allocated, quantize_allocated
+from kvcompress.ops.bounds import within
 from kvcompress.ops.clipping import clip_groups
 from kvcompress.ops.hadamard import hadamard, inverse_hadamard
 from kvcompress.ops.kmeans import kmeans, lookup, nearest
@@ -44,4 +45,5 @@ __all__ = [
     "reconstruct",
     "unpack",
     "variances",
+    "within",
 ]

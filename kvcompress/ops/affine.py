@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvcompress._namespace import Array, array_namespace, astype, dtype_name
+from kvcompress._namespace import Array, array_namespace, astype, dtype_name, extremes, narrow
 from kvcompress.ops.packing import pack, packed_size, unpack
 
 TINY = 2.0**-100
@@ -71,9 +71,8 @@ def quantize(x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
     *_, tokens, channels = x.shape
     ends_dtype = spec.ends_dtype or dtype_name(x.dtype)
     axis = -2 if spec.axis == "channel" else -1
-    groups = _group(xp, astype(x, "float32"), spec.group_size, axis)
-    lower = astype(_canonical(xp, xp.min(groups, axis=axis)), ends_dtype)
-    upper = astype(_canonical(xp, xp.max(groups, axis=axis)), ends_dtype)
+    groups = _group(xp, x, spec.group_size, axis)
+    lower, upper = (astype(_canonical(xp, end), ends_dtype) for end in extremes(groups, axis))
     start = xp.expand_dims(astype(lower, "float32"), axis=axis)
     extent = xp.expand_dims(astype(upper, "float32"), axis=axis) - start
     qmax = float(2**spec.bits - 1)
@@ -81,19 +80,35 @@ def quantize(x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
     # Array by array: PyTorch takes number / array for the number times a rounded reciprocal.
     inverse = xp.full_like(extent, qmax) / xp.where(constant, 1.0, extent)
     inverse = xp.where(constant, 0.0, inverse)
-    groups = (groups - start) * inverse
+    groups = (astype(groups, "float32") - start) * inverse
     groups = xp.astype(xp.clip(xp.round(groups), 0.0, qmax), xp.uint8)
     return pack(_ungroup(xp, groups, tokens, channels, axis), spec.bits), lower, upper
 
 
 def dequantize(
-    codes: Array, lower: Array, upper: Array, *, spec: AffineSpec, channels: int
+    codes: Array,
+    lower: Array,
+    upper: Array,
+    *,
+    spec: AffineSpec,
+    channels: int,
+    dtype: str = "float32",
 ) -> Array:
     """Undo `quantize`, up to half a step.
 
+    Parameters
+    ----------
+    codes, lower, upper : arrays
+        As `quantize` returned them; the ends may have been rounded since.
+    spec : AffineSpec
+    channels : int
+    dtype : {"float16", "bfloat16", "float32"}
+        Of the result, to which the float32 values are narrowed: what exceeds float16 becomes its
+        largest.
+
     Returns
     -------
-    array ``[..., tokens, channels]``, float32
+    array ``[..., tokens, channels]`` of `dtype`
     """
     xp = array_namespace(codes, lower, upper)
     tokens = codes.shape[-2]
@@ -103,7 +118,7 @@ def dequantize(
     start = xp.expand_dims(astype(lower, "float32"), axis=axis)
     extent = xp.expand_dims(astype(upper, "float32"), axis=axis) - start
     groups = groups * (extent * (1.0 / (2**spec.bits - 1))) + start
-    return _ungroup(xp, groups, tokens, channels, axis)
+    return narrow(_ungroup(xp, groups, tokens, channels, axis), dtype)
 
 
 def _canonical(xp: Any, x: Array) -> Array:

@@ -38,11 +38,11 @@ def clip_groups(x: Array, *, spec: AffineSpec) -> Array:
     codes, lower, upper = quantize(x, spec=replace(spec, bits=8))
     lower, upper = astype(lower, "float32"), astype(upper, "float32")
     flat = xp.astype(xp.reshape(codes, (-1,)), xp.int32)
-    errors = []
-    for table in _errors(spec.bits):
+    sums = []
+    for table in errors(spec.bits):
         error = xp.take(xp.asarray(table, device=device(x)), flat)
-        errors.append(_group_sums(xp.reshape(error, codes.shape), spec.group_size, axis))
-    best = xp.argmin(xp.stack(errors), axis=0)
+        sums.append(_group_sums(xp.reshape(error, codes.shape), spec.group_size, axis))
+    best = xp.argmin(xp.stack(sums), axis=0)
     low, high = best // len(CUTS), best % len(CUTS)
     sixteenth = (upper - lower) / 16
     for cut in CUTS[1:]:
@@ -54,7 +54,7 @@ def clip_groups(x: Array, *, spec: AffineSpec) -> Array:
 
 
 @cache
-def _errors(bits: int) -> np.ndarray:
+def errors(bits: int) -> np.ndarray:
     """Squared error of all 256 values for all pairs of cuts, ``[pairs, 256]``, in 2**-16 range**2.
 
     Sums over groups of up to 2**19 values fit int32.

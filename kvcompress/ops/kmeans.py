@@ -75,7 +75,7 @@ def nearest(x: Array, codebook: Array) -> Array:
     def block(rows: Array) -> Array:
         return xp.astype(xp.argmin(half_norm - rows @ codebook.T, axis=-1), xp.int32)
 
-    return map_blocks(block, x, max(1, DISTANCES // codebook.shape[0]))
+    return map_blocks(block, max(1, DISTANCES // codebook.shape[0]), x)
 
 
 def lookup(codes: Array, codebook: Array) -> Array:

@@ -41,7 +41,7 @@ def encode_product(x: Array, *codebooks: Array) -> Array:
         return xp.permute_dims(xp.stack(codes, axis=-1), (1, 0, 2))
 
     rows = max(1, DISTANCES // max(1, heads * CODES))
-    return xp.permute_dims(map_blocks(block, xp.permute_dims(x, (1, 0, 2)), rows), (1, 0, 2))
+    return xp.permute_dims(map_blocks(block, rows, xp.permute_dims(x, (1, 0, 2))), (1, 0, 2))
 
 
 def decode_product(codes: Array, *codebooks: Array) -> Array:

@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
-from kvcompress._namespace import Array, array_namespace, astype, device
+from kvcompress._namespace import (
+    Array,
+    array_namespace,
+    astype,
+    device,
+    map_blocks,
+    narrow,
+    on_cpu,
+)
 from kvcompress.ops.affine import TINY
 from kvcompress.ops.hadamard import hadamard, inverse_hadamard
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
 from kvcompress.ops.packing import pack, packed_size, unpack
+
+VALUES = 2**16
+"""Values coded or decoded at a time."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,14 @@ def quantize_rotated(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
     gain : array ``[..., tokens, 1]``, float32
         At least 0; of the size of the token's root mean square.
     """
+    xp = array_namespace(x)
+    *lead, channels = x.shape
+    x = xp.reshape(x, (math.prod(lead), channels))
+    codes, gain = map_blocks(partial(_quantize_rows, spec=spec), _rows(x, channels), x)
+    return xp.reshape(codes, (*lead, codes.shape[-1])), xp.reshape(gain, (*lead, 1))
+
+
+def _quantize_rows(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
     xp, shape = array_namespace(x), x.shape
     x = astype(x, "float32")
     # By the peak, so that nothing overflows, then by the root mean square.
@@ -68,11 +88,14 @@ def quantize_rotated(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
     cell = xp.clip(cell, 0.0, table.shape[0] - 1.0)
     codes = xp.take(table, xp.reshape(xp.astype(cell, xp.int32), (math.prod(shape),)))
     level = xp.reshape(_levels(codes, spec.bits), shape)
-    gain = peak * rms * (_dot(x, level) / _dot(level, level))
+    # The smallest levels of many channels may be rounded to zero.
+    gain = peak * rms * (_dot(x, level) / xp.where(zero, 1.0, _dot(level, level)))
     return pack(xp.reshape(codes, shape), spec.bits), xp.where(zero, 0.0, gain)
 
 
-def dequantize_rotated(codes: Array, gain: Array, *, spec: RotatedSpec, channels: int) -> Array:
+def dequantize_rotated(
+    codes: Array, gain: Array, *, spec: RotatedSpec, channels: int, dtype: str = "float32"
+) -> Array:
     """Undo `quantize_rotated`.
 
     Parameters
@@ -81,18 +104,38 @@ def dequantize_rotated(codes: Array, gain: Array, *, spec: RotatedSpec, channels
         As `quantize_rotated` returned them; the gain may have been rounded since.
     spec : RotatedSpec
     channels : int
+    dtype : {"float16", "bfloat16", "float32"}
+        Of the result, to which the float32 values are narrowed: what exceeds float16 becomes its
+        largest.
 
     Returns
     -------
-    array ``[..., tokens, channels]``, float32
+    array ``[..., tokens, channels]`` of `dtype`
         Magnitudes at most 2**126.
     """
+    xp = array_namespace(codes, gain)
+    *lead, width = codes.shape
+    rows = math.prod(lead)
+    codes, gain = xp.reshape(codes, (rows, width)), xp.reshape(gain, (rows, 1))
+    decode = partial(_dequantize_rows, spec=spec, channels=channels, dtype=dtype)
+    x = map_blocks(decode, _rows(codes, channels), codes, gain)
+    return xp.reshape(x, (*lead, channels))
+
+
+def _dequantize_rows(
+    codes: Array, gain: Array, *, spec: RotatedSpec, channels: int, dtype: str
+) -> Array:
     xp = array_namespace(codes, gain)
     codes = unpack(codes, spec.bits, channels)
     level = _levels(xp.reshape(codes, (math.prod(codes.shape),)), spec.bits)
     x = inverse_hadamard(xp.reshape(level, codes.shape), seed=spec.seed)
     # No source was larger, so this cannot hurt, and float32 cannot overflow.
-    return xp.clip(x * astype(gain, "float32"), -(2.0**126), 2.0**126)
+    return narrow(xp.clip(x * astype(gain, "float32"), -(2.0**126), 2.0**126), dtype)
+
+
+def _rows(x: Array, channels: int) -> int:
+    """Rows at a time that a processor's cache holds from round to round of the transform."""
+    return max(1, VALUES // channels if on_cpu(x) else x.shape[0])
 
 
 def _inverse(scale: Array, zero: Array) -> Array:

@@ -32,6 +32,8 @@ from kvcompress._namespace import (
 )
 from kvcompress.backend import Backend
 from kvcompress.ops.affine import AffineSpec
+from kvcompress.ops.lloyd_max import levels
+from kvcompress.ops.rotated import RotatedSpec
 
 _AXES: tuple[Literal["channel", "token"], ...] = ("channel", "token")
 _SHAPES = ((1, 1, 1), (2, 7, 5), (3, 65, 16), (1, 128, 64), (2, 0, 8), (0, 4, 8))
@@ -80,6 +82,28 @@ def cases() -> Iterator[Case]:
             encoded = tuple(to_host(a) for a in ops.quantize(x, spec=spec))
             static = {"spec": spec, "channels": shape[-1]}
             yield Case("dequantize", encoded, static, _dequantized)
+            if spec.bits == 4:
+                for narrow in FLOATING[:2]:
+                    yield Case("dequantize", encoded, {**static, "dtype": narrow}, _dequantized)
+            if spec.bits < 4:
+                yield Case("clip_groups", (x,), {"spec": spec}, _equal)
+        x = _tensor(shape, dtype, seed=next(seeds))
+        for limit in (0.5, 2.0**100 if dtype != "float16" else 65504.0):
+            yield Case("within", (x,), {"limit": limit}, _equal)
+        for bits, seed in itertools.product(range(1, 9), (0, 7)):
+            rotated = RotatedSpec(bits, seed)
+            if shape[-1] & (shape[-1] - 1) == 0:  # or libraries need not agree
+                yield Case("quantize_rotated", (x,), {"spec": rotated})
+            encoded = tuple(to_host(a) for a in ops.quantize_rotated(x, spec=rotated))
+            static = {"spec": rotated, "channels": shape[-1], "dtype": dtype}
+            yield Case("dequantize_rotated", encoded, static, _derotated)
+    x = 2.0**-99 * (1 + np.random.default_rng(next(seeds)).integers(0, 9, (2, 40, 16)) * 2.0**-23)
+    for axis in _AXES:  # ranges that count as none, between ends that count
+        yield Case("quantize", (x.astype("float32"),), {"spec": AffineSpec(4, 16, axis)})
+    for ends_dtype, axis in itertools.product(FLOATING[:2], _AXES):
+        # So far from zero that the ends, rounded, leave values outside.
+        x = _tensor((3, 65, 16), "float32", seed=next(seeds), extreme=False) / 16 + 300
+        yield Case("quantize", (x,), {"spec": AffineSpec(4, 16, axis, ends_dtype)})
     for (_, vectors, dim), size in itertools.product(_SHAPES[:-1], (2, 3, 256)):
         x = _tensor((vectors, dim), "float32", seed=next(seeds), extreme=False)
         codebook = _tensor((size, dim), "float32", seed=next(seeds), extreme=False)
@@ -87,6 +111,18 @@ def cases() -> Iterator[Case]:
         yield Case("nearest", (x, codebook), compare=_nearest)
         codes = np.random.default_rng(next(seeds)).integers(0, size, vectors)
         yield Case("lookup", (codes.astype("int32"), codebook))
+    for heads, tokens, channels in _SHAPES:
+        widths = [*([1] if channels % 4 else []), *[4] * (channels // 4)]
+        x = _tensor((heads, tokens, sum(widths)), "float32", seed=next(seeds), extreme=False)
+        books = tuple(
+            _tensor((heads, 256, dim), "float32", seed=next(seeds), extreme=False) for dim in widths
+        )
+        for book in books:
+            book[:, 1] = book[:, 0]
+        yield Case("encode_product", (x, *books), compare=_product)
+        draw = np.random.default_rng(next(seeds)).integers
+        codes = draw(0, 256, (heads, tokens, len(widths)), dtype="uint8")
+        yield Case("decode_product", (codes, *books))
 
 
 def check(backend: Backend, case: Case, *, asarray: Callable[[Any], Array] = np.asarray) -> bool:
@@ -187,6 +223,12 @@ def _bits(x: Any) -> Any:
     return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
 
 
+def _equal(_: Case, got: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_equal(a.shape, b.shape)
+        np.testing.assert_array_equal(a, b)
+
+
 def _dequantized(case: Case, got: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
     # Four roundings relative to the extent and one to the sum, on either side; a fused
     # multiply-add only leaves some out.
@@ -196,20 +238,59 @@ def _dequantized(case: Case, got: tuple[Any, ...], expected: tuple[Any, ...]) ->
     bound = 2 * unit * (5 * (upper - lower) + np.maximum(abs(lower), abs(upper))) + 2.0**-126
     axis = -2 if spec.axis == "channel" else -1
     bound = np.repeat(bound, spec.group_size, axis=axis)[..., : b.shape[-2], : b.shape[-1]]
+    _close(case, a, b, bound)
+
+
+def _derotated(case: Case, got: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    # Every output is a sum of all levels with weights of at most sqrt(2 / n), times the gain: one
+    # rounding for each round of the fast part, one for each term of the odd part, and four more.
+    spec, (a,), (b,) = case.static["spec"], got, expected
+    n = case.static["channels"]
+    power = n & -n
+    roundings = n // power + power.bit_length() + 3
+    level = float(levels(spec.bits)[-1])
+    gain = case.arrays[1].astype("float64")
+    bound = 2 * roundings * 2.0**-24 * gain * n * level * (2 / n) ** 0.5 + 2.0**-126
+    _close(case, a, b, np.broadcast_to(bound, b.shape))
+
+
+def _close(case: Case, a: Any, b: Any, bound: Any) -> None:
+    """Compare float32 numbers known to `bound`, or what they were narrowed to."""
     np.testing.assert_equal(a.shape, b.shape)
-    excess = abs(a.astype("float64") - b.astype("float64")) - bound
-    np.testing.assert_array_less(excess, 2.0**-149)
+    a, b = a.astype("float64"), b.astype("float64")
+    # Narrowing may put two close numbers a whole step apart.
+    step, smallest = _STEPS[case.static.get("dtype", "float32")]
+    bound = bound + np.maximum(step * np.maximum(abs(a), abs(b)), smallest)
+    np.testing.assert_array_less(abs(a - b) - bound, 2.0**-149)
+
+
+_STEPS = {"float32": (0.0, 0.0), "float16": (2.0**-10, 2.0**-24), "bfloat16": (2.0**-7, 2.0**-133)}
 
 
 def _nearest(case: Case, got: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    np.testing.assert_equal(got[0].shape, expected[0].shape)
+    x, codebook = case.arrays
+    _best(x, codebook, got[0])
+
+
+def _product(case: Case, got: tuple[Any, ...], expected: tuple[Any, ...]) -> None:
+    np.testing.assert_equal(got[0].shape, expected[0].shape)
+    x, *books = case.arrays
+    for head in range(x.shape[0]):
+        at = 0
+        for i, book in enumerate(books):
+            dim = book.shape[-1]
+            _best(x[head, :, at : at + dim], book[head], got[0][head, :, i])
+            at += dim
+
+
+def _best(x: Any, codebook: Any, codes: Any) -> None:
     # Both minimize |c|^2 / 2 - x.c in float32, each within gamma(dim + 2) of the sum of magnitudes.
-    x, codebook = (a.astype("float64") for a in case.arrays)
-    (a,), (b,) = got, expected
-    np.testing.assert_equal(a.shape, b.shape)
-    np.testing.assert_equal(bool(np.any(a == 1)), False, "code 1 equals code 0, the first")
+    x, codebook = x.astype("float64"), codebook.astype("float64")
+    np.testing.assert_equal(bool(np.any(codes == 1)), False, "code 1 equals code 0, the first")
     unit = (x.shape[-1] + 2) * 2.0**-24
     size = abs(x) @ abs(codebook).T + (codebook**2).sum(-1) / 2
     score = (codebook**2).sum(-1) / 2 - x @ codebook.T
     if x.size:
-        worse = score[np.arange(len(x)), a] - score.min(-1)
+        worse = score[np.arange(len(x)), codes] - score.min(-1)
         np.testing.assert_array_less(worse, 2 * unit * size.max(-1) + 2.0**-126)

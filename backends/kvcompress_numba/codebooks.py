@@ -1,0 +1,141 @@
+"""Nearest centroids: `nearest`, `encode_product` and `decode_product` of `kvcompress.ops`.
+
+A vector holds the scores of 16 centroids, which never reach memory. Sums are taken in another order
+than by a matrix product, so where two centroids are equally near but for rounding, codes may differ
+from those of the generic operations, as those do among libraries.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from kvcompress_numba.arrays import NDArray, empty, fold, following, rows
+from kvcompress_numba.threads import kernel, run
+from kvcompress_numba.vectors import (
+    LANES,
+    as_floats,
+    get,
+    load,
+    load_ints,
+    minimum,
+    smallest,
+    splat,
+    splat_int,
+    where_not_less,
+)
+
+_FAR = 2**24
+"""More than any code; float32 holds it exactly."""
+
+
+def nearest(x: NDArray, codebook: NDArray) -> NDArray:
+    """See `kvcompress.ops.nearest`."""
+    codes = np.empty(x.shape[0], np.int32)
+    _encode(x[None], (codebook[None],), codes)
+    return codes
+
+
+def encode_product(x: NDArray, *codebooks: NDArray) -> NDArray:
+    """See `kvcompress.ops.encode_product`."""
+    codes = np.empty((*x.shape[:-1], len(codebooks)), np.uint8)
+    _encode(x, codebooks, codes.reshape(-1))
+    return codes
+
+
+def decode_product(codes: NDArray, *codebooks: NDArray) -> NDArray:
+    """See `kvcompress.ops.decode_product`."""
+    table = np.concatenate(codebooks, axis=-1)
+    out, flat = empty((*codes.shape[:-1], table.shape[-1]), "float32")
+    heads, tokens, _ = fold(codes.shape)
+    args = *rows(codes), *rows(table), tokens, table.shape[-1], _starts(codebooks), flat
+    run(_decode_rows, heads * tokens, table.shape[-1], 0, *args)
+    return out
+
+
+def _encode(x: NDArray, codebooks: tuple[NDArray, ...], codes: NDArray) -> None:
+    heads, tokens, channels = x.shape
+    size = codebooks[0].shape[1]
+    wide = -(-size // LANES) * LANES
+    # Centroids that fill up the last vector are infinitely far.
+    table = np.zeros((heads, channels, wide), np.float32)
+    half_norms = np.full((heads, len(codebooks), wide), np.inf, np.float32)
+    starts = _starts(codebooks)
+    for i, codebook in enumerate(codebooks):
+        table[:, starts[i] : starts[i + 1], :size] = codebook.transpose(0, 2, 1)
+        half_norms[:, i, :size] = np.sum(codebook * codebook, axis=-1) / 2
+    number = np.arange(wide, dtype=np.int32)
+    tables = starts, wide, table.reshape(-1), half_norms.reshape(-1), number
+    args = *rows(x), tokens, channels, *tables, codes
+    run(_encode_rows, heads * tokens, channels * wide, 0, *args)
+
+
+def _starts(codebooks: tuple[NDArray, ...]) -> NDArray:
+    """Where the channels of every codebook begin, and where the last end."""
+    return np.cumsum([0, *(codebook.shape[-1] for codebook in codebooks)])
+
+
+@kernel
+def _encode_rows(
+    x: Any,
+    head: int,
+    token: int,
+    tokens: int,
+    channels: int,
+    starts: Any,
+    wide: int,
+    table: Any,
+    half_norms: Any,
+    number: Any,
+    codes: Any,
+    _: Any,
+    begin: int,
+    end: int,
+) -> None:
+    """One unit a row."""
+    books = starts.size - 1
+    far = splat_int(_FAR)
+    h, t = begin // tokens, begin % tokens
+    for unit in range(begin, end):
+        first = h * head + t * token
+        for i in range(books):
+            best, code = splat(np.float32(np.inf)), splat_int(0)
+            for j in range(0, wide, LANES):
+                score = load(half_norms, (h * books + i) * wide + j)
+                for d in range(starts[i], starts[i + 1]):
+                    entry = load(table, (h * channels + d) * wide + j)
+                    score = score - splat(get(x, first + d)) * entry
+                code = where_not_less(score, best, code, load_ints(number, j))
+                best = minimum(best, score)
+            # The first of equals.
+            code = where_not_less(splat(smallest(best)), best, code, far)
+            codes[unit * books + i] = np.int64(smallest(as_floats(code)))
+        h, t = following(h, t, tokens)
+
+
+@kernel
+def _decode_rows(
+    codes: Any,
+    codes_head: int,
+    codes_token: int,
+    table: Any,
+    table_head: int,
+    table_token: int,
+    tokens: int,
+    channels: int,
+    starts: Any,
+    out: Any,
+    _: Any,
+    begin: int,
+    end: int,
+) -> None:
+    """One unit a row."""
+    h, t = begin // tokens, begin % tokens
+    for unit in range(begin, end):
+        for i in range(starts.size - 1):
+            code = np.int64(codes[h * codes_head + t * codes_token + i])
+            entry = h * table_head + code * table_token
+            for d in range(starts[i], starts[i + 1]):
+                out[unit * channels + d] = table[entry + d]
+        h, t = following(h, t, tokens)

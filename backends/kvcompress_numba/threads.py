@@ -1,0 +1,74 @@
+"""Kernels on all processors: the work is cut into runs of units, each done by one thread.
+
+Numba's own threads are not used: its default pool must not be entered from two threads at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import config, njit
+from numba.core.registry import cpu_target
+
+WORTH_A_THREAD = 2**15
+"""Values that a thread must get, or waking it takes longer than it saves."""
+
+
+def kernel(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a function that does units ``start`` to ``stop``, its last two arguments.
+
+    Before them it gets `scratch`; it can allocate nothing, nor count references, which would
+    keep inner loops from running through.
+    """
+    compiled: Callable[..., None] = njit(nogil=True, cache=True, error_model="numpy", _nrt=False)(
+        function
+    )
+    return compiled
+
+
+def inline(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a part of kernels."""
+    compiled: Callable[..., Any] = njit(error_model="numpy", _nrt=False, forceinline=True)(function)
+    return compiled
+
+
+def run(function: Callable[..., None], units: int, values: int, scratch: int, *args: Any) -> None:
+    """Call a kernel for `units` units of `values` values, which do not touch each other's.
+
+    Every thread gets `scratch` float32 numbers to work with.
+    """
+    if units == 0 or values == 0:
+        return
+
+    def part(begin: int, end: int) -> None:
+        function(*args, np.empty(scratch, np.float32), begin, end)
+
+    threads = min(config.NUMBA_NUM_THREADS, units, units * values // WORTH_A_THREAD)
+    if threads <= 1:
+        part(0, units)
+        return
+    ends = [units * i // threads for i in range(threads + 1)]
+    others = [_pool().submit(part, *ends[i : i + 2]) for i in range(1, threads)]
+    part(*ends[:2])
+    for other in others:
+        other.result()
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, config.NUMBA_NUM_THREADS - 1), "kvcompress")
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a fork has none of the threads
+
+
+def has_half_floats() -> bool:
+    """Tell whether the processor that Numba compiles for converts float16 by itself."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return not triple.startswith(("x86_64", "i686")) or "+f16c" in features

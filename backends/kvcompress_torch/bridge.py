@@ -1,0 +1,102 @@
+"""Tensors as arrays of NumPy or CuPy that share their memory, and back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import torch
+
+from kvcompress._namespace import dtype_of, namespace_of
+from kvcompress.backend import BUILTIN, Backend
+from kvcompress.errors import BackendWarning, DTypeError
+
+KERNELS = {"cpu": "numba", "cuda": "cupy"}
+"""Backend for the tensors of a kind of device."""
+
+
+def supports(op: str, tensors: Sequence[Any], static: Mapping[str, Any]) -> bool:
+    """Tell whether there is a kernel, and no reason to leave the tensors alone."""
+    device = tensors[0].device
+    kernels = _kernels(device.type)
+    if kernels is None or not hasattr(kernels, op):
+        return False
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    if gradient or any(x.device != device or x.layout != torch.strided for x in tensors):
+        return False
+    try:
+        with _stream(device):
+            return kernels.supports(op, *map(_view, tensors), **static)
+    except (DTypeError, RuntimeError, TypeError):
+        return False  # tensors with nothing behind them: fake, functorch's, negated lazily
+
+
+def run(op: str, *tensors: Any, **static: Any) -> Any:
+    """Run the kernel that `supports` found."""
+    device = tensors[0].device
+    with _stream(device):
+        result = getattr(_kernels(device.type), op)(*map(_view, tensors), **static)
+        if isinstance(result, tuple):
+            return tuple(_tensor(x, device) for x in result)
+        return _tensor(result, device)
+
+
+@cache
+def _kernels(kind: str) -> Backend | None:
+    module = BUILTIN.get(KERNELS.get(kind, ""))
+    if module is None or find_spec(module) is None:
+        return None
+    try:
+        backend: Backend = import_module(module).backend
+        return backend if backend.available() else None
+    except Exception as error:
+        warnings.warn(
+            f"PyTorch does without the backend {KERNELS[kind]!r}, which failed to load: {error}",
+            BackendWarning,
+            stacklevel=4,
+        )
+        return None
+
+
+def _stream(device: torch.device) -> AbstractContextManager[Any]:
+    """Make PyTorch's current stream CuPy's."""
+    if device.type != "cuda":
+        return nullcontext()
+    import cupy
+
+    stream = torch.cuda.current_stream(device)
+    return cupy.cuda.ExternalStream(stream.cuda_stream, device.index)  # type: ignore[no-any-return]
+
+
+def _view(x: torch.Tensor) -> Any:
+    """View a tensor as an array; bfloat16 crosses as int16."""
+    half = x.dtype is torch.bfloat16
+    x = x.detach()
+    if half:
+        x = x.view(torch.int16)
+    if x.device.type == "cpu":
+        array = x.numpy()
+    else:
+        import cupy
+
+        array = cupy.from_dlpack(x)
+    return array.view(_bfloat16()) if half else array
+
+
+def _tensor(x: Any, device: torch.device) -> torch.Tensor:
+    half = x.dtype.name == "bfloat16"
+    if half:
+        x = x.view(np.int16)
+    tensor = torch.from_numpy(np.asarray(x)) if device.type == "cpu" else torch.from_dlpack(x)
+    return tensor.view(torch.bfloat16) if half else tensor
+
+
+@cache
+def _bfloat16() -> Any:
+    return np.dtype(dtype_of(namespace_of(np), "bfloat16"))
