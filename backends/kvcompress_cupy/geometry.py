@@ -1,0 +1,203 @@
+"""How arrays lie and how kernels are launched over them: pure functions of shapes and strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvcompress.ops.affine import AffineSpec
+from kvcompress.ops.packing import packed_size
+from kvcompress_cupy.sources import CTYPES, GROUPS, name
+
+SHARED = 48 * 1024
+"""Bytes of shared memory that every GPU gives a block without being asked."""
+
+CHANNELS = 2**15
+"""Most channels of a row: `reciprocal` is exact up to there."""
+
+COLUMNS = 256
+"""Most channels of a row whose groups run along the tokens: a block takes whole rows."""
+
+THREADS = 256
+"""Threads of a block, where a kernel leaves the choice."""
+
+ENDS = {"float16": 0, "bfloat16": 1, "float32": 2}
+"""`enum Ends` of the kernels."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, but for its arrays, which come before `scalars`."""
+
+    family: str
+    name: str
+    grid: int
+    block: int
+    shared: int
+    scalars: tuple[np.generic, ...]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of neighbouring channels: `heads` times `tokens`, strides in elements."""
+
+    heads: int
+    tokens: int
+    channels: int
+    head_stride: int
+    token_stride: int
+
+    def flat(self) -> Rows:
+        """Return the same rows as those of one head, where their stride is uniform."""
+        if self.heads > 1 and self.tokens > 1:
+            if self.head_stride != self.tokens * self.token_stride:
+                return self
+            stride = self.token_stride
+        else:
+            stride = self.token_stride if self.heads == 1 else self.head_stride
+        return Rows(1, self.heads * self.tokens, self.channels, 0, stride)
+
+    def aligned(self, pointer: int, itemsize: int, to: int = 16) -> bool:
+        """Whether all rows begin and end at multiples of `to` bytes."""
+        strides = self.token_stride, self.head_stride
+        offsets = (pointer, self.channels * itemsize, *(s * itemsize for s in strides))
+        return all(offset % to == 0 for offset in offsets)
+
+
+def rows(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Rows | None:
+    """Lay ``[..., tokens, channels]`` out as `Rows`; None where only a copy can.
+
+    Parameters
+    ----------
+    shape, strides : sequences of int
+        Strides in bytes.
+    itemsize : int
+    """
+    *lead, tokens, channels = shape
+    if any(stride % itemsize for stride in strides):
+        return None
+    *steps, token_stride, channel_stride = (stride // itemsize for stride in strides)
+    if channels > 1 and channel_stride != 1:
+        return None
+    heads, head_stride = 1, 0
+    for size, step in zip(reversed(lead), reversed(steps), strict=True):
+        if size == 1:
+            continue
+        if heads == 1:
+            heads, head_stride = size, step
+        elif step == heads * head_stride:
+            heads *= size
+        else:
+            return None
+    return Rows(heads, tokens, channels, head_stride, token_stride if tokens > 1 else 0)
+
+
+def group_template(group_size: int, length: int) -> int | None:
+    """Group size of the template that quantizes groups of `group_size` out of `length` values."""
+    if group_size >= length:
+        return next((size for size in GROUPS if size >= length), 0)
+    return group_size if group_size in GROUPS else None
+
+
+def quantize_token(
+    x: Rows, *, spec: AffineSpec, group: int, dtype: str, ends_dtype: str, aligned: bool
+) -> Launch:
+    """Launch of ``quantize_token(x, codes, lower, upper, ...)``."""
+    x = x.flat()
+    n, size = x.channels, 16 // (2 if dtype != "float32" else 4)
+    groups = -(-n // group) if group else 1
+    team = group // size if group else 32
+    pitch = -(-n // 16) * 16
+    tile_rows = max(1, THREADS // team * 4 // groups)
+    tile_rows = max(1, min(tile_rows, SHARED // pitch, x.tokens))
+    tiles = -(-x.tokens // tile_rows)
+    chunk = pack_chunk(n, spec.bits)
+    return Launch(
+        "quantize_token",
+        name("quantize_token", spec.bits, group, CTYPES[dtype]),
+        x.heads * tiles,
+        THREADS,
+        tile_rows * pitch,
+        (
+            *map(np.int64, (x.tokens, x.head_stride, x.token_stride)),
+            *map(np.int32, (tiles, tile_rows, n, groups)),
+            reciprocal(groups),
+            *map(np.int32, (pitch, ENDS[ends_dtype], aligned, chunk)),
+            reciprocal(packed_size(n, spec.bits) // chunk),
+        ),
+    )
+
+
+def quantize_channel(
+    x: Rows, *, spec: AffineSpec, group: int, dtype: str, ends_dtype: str, aligned: bool
+) -> Launch:
+    """Launch of ``quantize_channel(x, codes, lower, upper, ...)``."""
+    lanes, chunk_tokens = 16, 128
+    n, size = x.channels, 16 // (2 if dtype != "float32" else 4)
+    groups = -(-x.tokens // group) if group else 1
+    columns = -(-n // size)
+    pitch = -(-n // 16) * 16
+    ends, found = 2 * 4 * columns * size, lanes * 2 * 4 * columns * size
+    chunk = pack_chunk(n, spec.bits)
+    return Launch(
+        "quantize_channel",
+        name("quantize_channel", spec.bits, group, CTYPES[dtype]),
+        x.heads * groups,
+        columns * lanes,
+        ends + max(found, (group or chunk_tokens) * pitch),
+        (
+            *map(np.int64, (x.tokens, x.head_stride, x.token_stride)),
+            *map(np.int32, (groups, n, columns, pitch, ENDS[ends_dtype], aligned, chunk)),
+            reciprocal(packed_size(n, spec.bits) // chunk),
+        ),
+    )
+
+
+def dequantize(
+    codes: Rows,
+    ends: Rows,
+    *,
+    spec: AffineSpec,
+    channels: int,
+    group: int,
+    dtype: str,
+    ends_dtype: str,
+    aligned: bool,
+) -> Launch:
+    """Launch of ``dequantize(codes, lower, upper, out, ...)``."""
+    token = spec.axis == "token"
+    if token and codes.flat().heads == ends.flat().heads == 1:
+        codes, ends = codes.flat(), ends.flat()
+    quads = aligned and pack_chunk(channels, spec.bits) >= 4
+    columns = min(THREADS, channels // 4 if quads else channels)
+    lanes = THREADS // columns
+    tile_rows = min(codes.tokens, 8 * lanes if token else group or 128)
+    tiles = -(-codes.tokens // tile_rows)
+    strides = codes.head_stride, codes.token_stride, ends.head_stride, ends.token_stride
+    return Launch(
+        "dequantize",
+        name("dequantize", spec.bits, group, spec.axis.upper(), CTYPES[dtype]),
+        codes.heads * tiles,
+        columns * lanes,
+        0,
+        (
+            *map(np.int64, (codes.tokens, *strides)),
+            *map(np.int32, (tiles, tile_rows, channels, columns, ENDS[ends_dtype], quads)),
+        ),
+    )
+
+
+def pack_chunk(n: int, bits: int) -> int:
+    """Bytes that `pack_rows` stores at once: 16 or 4 where all planes are full and allow it."""
+    widths = (2, 1) if bits == 3 else (bits,)
+    for chunk in (16, 4):
+        if all(n * width % (8 * chunk) == 0 for width in widths):
+            return chunk
+    return 1
+
+
+def reciprocal(divisor: int) -> np.uint32:
+    """Return what `divide` of the kernels takes for a divisor."""
+    return np.uint32(-(-(2**31) // divisor))

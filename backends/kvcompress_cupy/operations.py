@@ -1,0 +1,131 @@
+"""The operations as kernel launches, whatever runs them: CuPy or, in tests, an emulator."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from kvcompress._namespace import Array, dtype_name
+from kvcompress.ops.affine import AffineSpec
+from kvcompress_cupy import geometry
+from kvcompress_cupy.geometry import Launch, Rows
+from kvcompress_cupy.sources import BITS, CTYPES
+
+
+class Runtime(Protocol):
+    """Where arrays live and kernels run."""
+
+    def pointer(self, x: Array) -> int:
+        """Address of the first element of `x`."""
+
+    def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Array:
+        """Allocate an array on the device of `like`."""
+
+    def contiguous(self, x: Array) -> Array:
+        """Return `x` or a copy in C order."""
+
+    def launch(self, launch: Launch, *arrays: Array) -> None:
+        """Run a kernel on the current stream."""
+
+
+class Operations:
+    """Kernels behind the signatures of `kvcompress.ops`.
+
+    Parameters
+    ----------
+    runtime : Runtime
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def supports(self, op: str, *arrays: Array, **static: Any) -> bool:
+        """Tell whether there is an instantiation for the call."""
+        return bool(getattr(self, f"_supports_{op}")(*arrays, **static))
+
+    def _supports_quantize(self, x: Array, *, spec: AffineSpec) -> bool:
+        dtypes = {dtype_name(x.dtype), spec.ends_dtype or dtype_name(x.dtype)}
+        limit = geometry.COLUMNS if spec.axis == "channel" else geometry.CHANNELS
+        return (
+            spec.bits in BITS
+            and dtypes <= set(CTYPES)
+            and x.shape[-1] <= limit
+            and _group(x.shape[-2:], spec) is not None
+        )
+
+    def quantize(self, x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
+        """See `kvcompress.ops.quantize`."""
+        *lead, tokens, channels = x.shape
+        dtype = dtype_name(x.dtype)
+        ends_dtype = spec.ends_dtype or dtype
+        ends = (*lead, *spec.ends_shape(tokens, channels))
+        codes = self._runtime.empty((*lead, *spec.codes_shape(tokens, channels)), "uint8", x)
+        lower, upper = (self._runtime.empty(ends, ends_dtype, x) for _ in range(2))
+        if x.size:
+            x, rows = self._rows(x)
+            token = spec.axis == "token"
+            launch = (geometry.quantize_token if token else geometry.quantize_channel)(
+                rows,
+                spec=spec,
+                group=_group((tokens, channels), spec),
+                dtype=dtype,
+                ends_dtype=ends_dtype,
+                aligned=rows.aligned(self._runtime.pointer(x), x.dtype.itemsize),
+            )
+            self._runtime.launch(launch, x, codes, lower, upper)
+        return codes, lower, upper
+
+    def _supports_dequantize(
+        self, codes: Array, lower: Array, upper: Array, *, spec: AffineSpec, channels: int
+    ) -> bool:
+        return (
+            spec.bits in BITS
+            and dtype_name(lower.dtype) in CTYPES
+            and lower.dtype == upper.dtype
+            and channels <= geometry.CHANNELS
+            and _group((codes.shape[-2], channels), spec) is not None
+        )
+
+    def dequantize(
+        self,
+        codes: Array,
+        lower: Array,
+        upper: Array,
+        *,
+        spec: AffineSpec,
+        channels: int,
+        dtype: str = "float32",
+    ) -> Array:
+        """See `kvcompress.ops.dequantize`; in `dtype`, what exceeds float16 being its largest."""
+        tokens = codes.shape[-2]
+        out = self._runtime.empty((*codes.shape[:-1], channels), dtype, codes)
+        if out.size:
+            codes, rows = self._rows(codes)
+            lower, ends = self._rows(lower)
+            upper, upper_ends = self._rows(upper)
+            if ends != upper_ends:
+                lower, ends = self._rows(self._runtime.contiguous(lower))
+                upper, _ = self._rows(self._runtime.contiguous(upper))
+            launch = geometry.dequantize(
+                rows,
+                ends,
+                spec=spec,
+                channels=channels,
+                group=_group((tokens, channels), spec),
+                dtype=dtype,
+                ends_dtype=dtype_name(lower.dtype),
+                aligned=rows.aligned(self._runtime.pointer(codes), 1, 4),
+            )
+            self._runtime.launch(launch, codes, lower, upper, out)
+        return out
+
+    def _rows(self, x: Array) -> tuple[Array, Rows]:
+        """Rows of `x`, or of a copy where its strides are of no use."""
+        rows = geometry.rows(x.shape, x.strides, x.dtype.itemsize)
+        if rows is None:
+            x = self._runtime.contiguous(x)
+            rows = geometry.rows(x.shape, x.strides, x.dtype.itemsize)
+        return x, rows
+
+
+def _group(shape: tuple[int, int], spec: AffineSpec) -> int | None:
+    return geometry.group_template(spec.group_size, shape[spec.axis == "token"])
