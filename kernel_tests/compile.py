@@ -83,7 +83,7 @@ def _call(function: Any, *arguments: Any) -> Any:
 def _text(program: Any, size: Any, read: Any) -> bytes:
     text = b" " * _call(size, program)
     _call(read, program, text)
-    return text
+    return text.rstrip(b"\0 ")
 
 
 def main() -> int:

@@ -9,6 +9,8 @@ import numpy as np
 
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.packing import packed_size
+from kvcompress.ops.rotated import RotatedSpec
+from kvcompress_cupy import tables
 from kvcompress_cupy.sources import CTYPES, GROUPS, name
 
 SHARED = 48 * 1024
@@ -23,8 +25,8 @@ COLUMNS = 256
 THREADS = 256
 """Threads of a block, where a kernel leaves the choice."""
 
-ENDS = {"float16": 0, "bfloat16": 1, "float32": 2}
-"""`enum Ends` of the kernels."""
+TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
+"""`enum Type` of the kernels."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def quantize_token(
             *map(np.int64, (x.tokens, x.head_stride, x.token_stride)),
             *map(np.int32, (tiles, tile_rows, n, groups)),
             reciprocal(groups),
-            *map(np.int32, (pitch, ENDS[ends_dtype], aligned, chunk)),
+            *map(np.int32, (pitch, TYPES[ends_dtype], aligned, chunk)),
             reciprocal(packed_size(n, spec.bits) // chunk),
         ),
     )
@@ -149,7 +151,7 @@ def quantize_channel(
         ends + max(found, (group or chunk_tokens) * pitch),
         (
             *map(np.int64, (x.tokens, x.head_stride, x.token_stride)),
-            *map(np.int32, (groups, n, columns, pitch, ENDS[ends_dtype], aligned, chunk)),
+            *map(np.int32, (groups, n, columns, pitch, TYPES[ends_dtype], aligned, chunk)),
             reciprocal(packed_size(n, spec.bits) // chunk),
         ),
     )
@@ -184,7 +186,59 @@ def dequantize(
         0,
         (
             *map(np.int64, (codes.tokens, *strides)),
-            *map(np.int32, (tiles, tile_rows, channels, columns, ENDS[ends_dtype], quads)),
+            *map(np.int32, (tiles, tile_rows, channels, columns, TYPES[ends_dtype], quads)),
+        ),
+    )
+
+
+def quantize_rotated(x: Rows, *, spec: RotatedSpec, dtype: str, aligned: bool) -> Launch:
+    """Launch of ``quantize_rotated(x, codes, gain, ...)``."""
+    x = x.flat()
+    dim = x.channels
+    tile_rows = THREADS * 32 // dim
+    tiles = -(-x.tokens // tile_rows)
+    pitch = max(dim + dim // 4, dim + 16)
+    _, steps = tables.steps(spec.bits)
+    return Launch(
+        "quantize_rotated",
+        name("quantize_rotated", spec.bits, dim, CTYPES[dtype]),
+        x.heads * tiles,
+        THREADS,
+        tile_rows * pitch + 4 * (len(steps) + 2**spec.bits),
+        (
+            *map(np.int64, (x.tokens, x.head_stride, x.token_stride)),
+            *map(np.int32, (tiles, aligned)),
+            *tables.signs(dim, spec.seed),
+        ),
+    )
+
+
+def dequantize_rotated(
+    codes: Rows,
+    gain: Rows,
+    *,
+    spec: RotatedSpec,
+    channels: int,
+    gain_dtype: str,
+    dtype: str,
+    aligned: bool,
+) -> Launch:
+    """Launch of ``dequantize_rotated(codes, gain, out, ...)``."""
+    if codes.flat().heads == gain.flat().heads == 1:
+        codes, gain = codes.flat(), gain.flat()
+    tile_rows = THREADS * 32 // channels
+    tiles = -(-codes.tokens // tile_rows)
+    strides = codes.head_stride, codes.token_stride, gain.head_stride, gain.token_stride
+    return Launch(
+        "dequantize_rotated",
+        name("dequantize_rotated", spec.bits, channels, CTYPES[dtype]),
+        codes.heads * tiles,
+        THREADS,
+        4 * 2**spec.bits,
+        (
+            *map(np.int64, (codes.tokens, *strides)),
+            *map(np.int32, (tiles, TYPES[gain_dtype], aligned)),
+            *tables.signs(channels, spec.seed),
         ),
     )
 

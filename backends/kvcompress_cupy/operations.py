@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 from kvcompress._namespace import Array, dtype_name
 from kvcompress.ops.affine import AffineSpec
+from kvcompress.ops.rotated import RotatedSpec
 from kvcompress_cupy import geometry
 from kvcompress_cupy.geometry import Launch, Rows
-from kvcompress_cupy.sources import BITS, CTYPES
+from kvcompress_cupy.sources import BITS, CTYPES, DIMS
 
 
 class Runtime(Protocol):
@@ -116,6 +117,56 @@ class Operations:
                 aligned=rows.aligned(self._runtime.pointer(codes), 1, 4),
             )
             self._runtime.launch(launch, codes, lower, upper, out)
+        return out
+
+    def _supports_quantize_rotated(self, x: Array, *, spec: RotatedSpec) -> bool:
+        return spec.bits in BITS and x.shape[-1] in DIMS and dtype_name(x.dtype) in CTYPES
+
+    def quantize_rotated(self, x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
+        """See `kvcompress.ops.quantize_rotated`."""
+        *lead, tokens, channels = x.shape
+        codes = self._runtime.empty((*lead, *spec.codes_shape(tokens, channels)), "uint8", x)
+        gain = self._runtime.empty((*lead, tokens, 1), "float32", x)
+        if x.size:
+            x, rows = self._rows(x)
+            launch = geometry.quantize_rotated(
+                rows,
+                spec=spec,
+                dtype=dtype_name(x.dtype),
+                aligned=rows.aligned(self._runtime.pointer(x), x.dtype.itemsize),
+            )
+            self._runtime.launch(launch, x, codes, gain)
+        return codes, gain
+
+    def _supports_dequantize_rotated(
+        self, codes: Array, gain: Array, *, spec: RotatedSpec, channels: int
+    ) -> bool:
+        return spec.bits in BITS and channels in DIMS and dtype_name(gain.dtype) in CTYPES
+
+    def dequantize_rotated(
+        self,
+        codes: Array,
+        gain: Array,
+        *,
+        spec: RotatedSpec,
+        channels: int,
+        dtype: str = "float32",
+    ) -> Array:
+        """See `kvcompress.ops.dequantize_rotated`; in `dtype`, as `dequantize`."""
+        out = self._runtime.empty((*codes.shape[:-1], channels), dtype, codes)
+        if out.size:
+            codes, rows = self._rows(codes)
+            gain, gains = self._rows(gain)
+            launch = geometry.dequantize_rotated(
+                rows,
+                gains,
+                spec=spec,
+                channels=channels,
+                gain_dtype=dtype_name(gain.dtype),
+                dtype=dtype,
+                aligned=rows.aligned(self._runtime.pointer(codes), 1, 4),
+            )
+            self._runtime.launch(launch, codes, gain, out)
         return out
 
     def _rows(self, x: Array) -> tuple[Array, Rows]:

@@ -6,11 +6,16 @@ import itertools
 from functools import cache
 from pathlib import Path
 
+from kvcompress_cupy import tables
+
 KERNELS = Path(__file__).parent / "kernels"
 
 BITS = (2, 3, 4, 8)
 GROUPS = (32, 64, 128, 0)
 """Values in a group; 0 stands for one group a row."""
+
+DIMS = (32, 64, 128, 256)
+"""Channels that a rotation may have."""
 
 AXES = ("CHANNEL", "TOKEN")
 """`enum Axis` of the kernels."""
@@ -25,6 +30,8 @@ _PARAMETERS: dict[str, tuple[tuple[object, ...], ...]] = {
     "quantize_token": (BITS, GROUPS, tuple(CTYPES.values())),
     "quantize_channel": (BITS, GROUPS, tuple(CTYPES.values())),
     "dequantize": (BITS, GROUPS, AXES, tuple(CTYPES.values())),
+    "quantize_rotated": (BITS, DIMS, tuple(CTYPES.values())),
+    "dequantize_rotated": (BITS, DIMS, tuple(CTYPES.values())),
 }
 
 FAMILIES = tuple(_PARAMETERS)
@@ -45,7 +52,8 @@ def name(family: str, *parameters: object) -> str:
 def source(family: str) -> str:
     """Source of a kernel with its headers in place.
 
-    One string, since CuPy's cache of compiled kernels knows a source by its text.
+    One string, since CuPy's cache of compiled kernels knows a source by its text. The header
+    ``tables.cuh`` is no file, but what `tables.header` writes.
     """
     included: set[str] = set()
 
@@ -54,6 +62,9 @@ def source(family: str) -> str:
         for line in (KERNELS / file).read_text(encoding="utf-8").splitlines():
             if line.startswith("#include"):
                 header = line.split('"')[1]
+                if header == "tables.cuh":
+                    lines.append(tables.header(BITS))
+                    continue
                 if header not in included:
                     included.add(header)
                     lines += expand(header)

@@ -2,22 +2,12 @@
 #pragma once
 #include "device.cuh"
 
-#define TINY 7.888609052210118e-31f  // 2**-100
 #define INFINITE __uint_as_float(0x7f800000u)
 
-// In what the ends of groups are stored.
-enum Ends { ENDS_FLOAT16, ENDS_BFLOAT16, ENDS_FLOAT32 };
-
-__device__ __forceinline__ float load_end(const void *ends, long long i, int type) {
-    if (type == ENDS_FLOAT16) return to_float(load((const Float16 *)ends + i));
-    if (type == ENDS_BFLOAT16) return to_float(load((const BFloat16 *)ends + i));
-    return load((const float *)ends + i);
-}
-
 __device__ __forceinline__ void store_end(float x, void *ends, long long i, int type) {
-    if (type == ENDS_FLOAT16) {
+    if (type == FLOAT16) {
         store((Float16 *)ends + i, Float16{float_to_half(x)});
-    } else if (type == ENDS_BFLOAT16) {
+    } else if (type == BFLOAT16) {
         store((BFloat16 *)ends + i, BFloat16{float_to_bfloat(x)});
     } else {
         store((float *)ends + i, x);
@@ -27,8 +17,8 @@ __device__ __forceinline__ void store_end(float x, void *ends, long long i, int 
 // An end as it will be read: what is tiny is zero, of either sign, then rounded to its type.
 __device__ __forceinline__ float round_end(float x, int type) {
     x = fabsf(x) < TINY ? 0.0f : x;
-    if (type == ENDS_FLOAT16) return half_to_float(float_to_half(x));
-    if (type == ENDS_BFLOAT16) return __uint_as_float((unsigned)float_to_bfloat(x) << 16);
+    if (type == FLOAT16) return half_to_float(float_to_half(x));
+    if (type == BFLOAT16) return __uint_as_float((unsigned)float_to_bfloat(x) << 16);
     return x;
 }
 

@@ -7,20 +7,6 @@
 
 enum Axis { CHANNEL, TOKEN };
 
-constexpr float HALF_MAX = 65504.0f;
-
-// What exceeds float16 becomes its largest, as kvcompress._namespace.narrow has it.
-__device__ __forceinline__ void narrow(float x, Float16 &out) {
-    from_float(fminf(fmaxf(x, -HALF_MAX), HALF_MAX), out);
-}
-__device__ __forceinline__ void narrow(float x, BFloat16 &out) { from_float(x, out); }
-__device__ __forceinline__ void narrow(float x, float &out) { out = x; }
-
-template <class T, int COUNT>
-struct alignas(COUNT * sizeof(T)) Run {
-    T values[COUNT];
-};
-
 template <int BITS, int GROUP, int AXIS, class T, int COUNT>
 __device__ __forceinline__ void dequantize_rows(const Byte *codes, const void *lower,
                                                 const void *upper, T *out, int rows,
@@ -32,8 +18,8 @@ __device__ __forceinline__ void dequantize_rows(const Byte *codes, const void *l
     for (int channel = threadIdx.x % columns * COUNT; channel < n; channel += columns * COUNT) {
         float start[COUNT], step[COUNT];
         auto load_ends = [&](long long end, int i) {
-            start[i] = load_end(lower, end, ends_type);
-            step[i] = __fmul_rn(__fsub_rn(load_end(upper, end, ends_type), start[i]), SCALE);
+            start[i] = load_as(lower, end, ends_type);
+            step[i] = __fmul_rn(__fsub_rn(load_as(upper, end, ends_type), start[i]), SCALE);
         };
         if constexpr (AXIS == CHANNEL) {
 #pragma unroll
@@ -73,7 +59,7 @@ __global__ void __launch_bounds__(256, 4)
     // Along the tokens a tile is a group, or part of the only one.
     const long long row = AXIS == TOKEN ? first : GROUP ? tile : 0;
     const long long end = head * end_head_stride + row * end_stride;
-    const int size = ends_type == ENDS_FLOAT32 ? 4 : 2;
+    const int size = ends_type == FLOAT32 ? 4 : 2;
     lower = (const Byte *)lower + end * size;
     upper = (const Byte *)upper + end * size;
     if (quads) {

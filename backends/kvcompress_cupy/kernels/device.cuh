@@ -29,6 +29,8 @@ __device__ __forceinline__ unsigned short float_to_bfloat(float x) {
 }
 #endif
 
+#define TINY 7.888609052210118e-31f  // 2**-100: less counts as zero
+
 struct Float16 {
     unsigned short bits;
 };
@@ -57,6 +59,15 @@ template <class T>
 __device__ __forceinline__ void store(T *pointer, T value) {
     KV_CHECK_STORE(pointer, sizeof(T));
     *pointer = value;
+}
+
+// Type of an array that is no template parameter: there are few values of it.
+enum Type { FLOAT16, BFLOAT16, FLOAT32 };
+
+__device__ __forceinline__ float load_as(const void *values, long long i, int type) {
+    if (type == FLOAT16) return to_float(load((const Float16 *)values + i));
+    if (type == BFLOAT16) return to_float(load((const BFloat16 *)values + i));
+    return load((const float *)values + i);
 }
 
 // Floor of n / d for n * d < 2**31, where reciprocal = ceil(2**31 / d).
@@ -90,3 +101,17 @@ __device__ __forceinline__ Vector<T> load_vector(const T *pointer, int count, bo
     for (int i = 0; i < Vector<T>::SIZE; ++i) vector.values[i] = i < count ? load(pointer + i) : first;
     return vector;
 }
+
+constexpr float HALF_MAX = 65504.0f;
+
+// What exceeds float16 becomes its largest, as kvcompress._namespace.narrow has it.
+__device__ __forceinline__ void narrow(float x, Float16 &out) {
+    from_float(fminf(fmaxf(x, -HALF_MAX), HALF_MAX), out);
+}
+__device__ __forceinline__ void narrow(float x, BFloat16 &out) { from_float(x, out); }
+__device__ __forceinline__ void narrow(float x, float &out) { out = x; }
+
+template <class T, int COUNT>
+struct alignas(COUNT * sizeof(T)) Run {
+    T values[COUNT];
+};
