@@ -26,6 +26,7 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct alignas(16) uint4 {
     unsigned x, y, z, w;

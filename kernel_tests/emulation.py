@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +63,14 @@ class Kernels:
         self._argument_size = library.kv_argument_size
         self._argument_size.restype = ctypes.c_size_t
 
-    def __call__(self, launch: Launch, *arrays: np.ndarray, seed: int, writable: int) -> None:
+    def __call__(
+        self,
+        launch: Launch,
+        *arrays: np.ndarray,
+        reached: Sequence[np.ndarray] = (),
+        seed: int,
+        writable: int,
+    ) -> None:
         """Run; the last `writable` arrays are outputs."""
         index = self._index[launch.name]
         values = [np.uint64(_pointer(a)) for a in arrays] + list(launch.scalars)
@@ -74,9 +81,9 @@ class Kernels:
         buffers = [np.array(value) for value in values]
         pointers = (ctypes.c_void_p * len(buffers))(*(b.ctypes.data for b in buffers))
         ranges = []
-        for i, array in enumerate(arrays):
+        for i, array in enumerate((*reached, *arrays)):
             start, stop = np.lib.array_utils.byte_bounds(array)
-            ranges += [start, stop, int(i >= len(arrays) - writable)]
+            ranges += [start, stop, int(i >= len(reached) + len(arrays) - writable)]
         error = self._launch(
             ctypes.c_uint(index),
             ctypes.c_uint(launch.grid),
@@ -84,7 +91,7 @@ class Kernels:
             ctypes.c_size_t(launch.shared),
             pointers,
             (ctypes.c_size_t * len(ranges))(*ranges),
-            ctypes.c_size_t(len(arrays)),
+            ctypes.c_size_t(len(ranges) // 3),
             ctypes.c_uint64(seed),
         )
         if error is not None:
@@ -125,14 +132,16 @@ class EmulatedRuntime:
         self.copies += 1
         return np.ascontiguousarray(x)
 
-    def launch(self, launch: Launch, *arrays: np.ndarray) -> None:
+    def launch(
+        self, launch: Launch, *arrays: np.ndarray, reached: Sequence[np.ndarray] = ()
+    ) -> None:
         self.launches.append(launch)
-        outputs, self._outputs = self._outputs, []
-        for output, array in zip(outputs[::-1], arrays[::-1], strict=False):
-            if output is not array:
-                raise EmulationError("outputs come last, in the order of their allocation")
+        outputs = [any(array is output for output in self._outputs) for array in arrays]
+        if outputs != sorted(outputs):
+            raise EmulationError("outputs come last")
         kernels = self._kernels(launch.family)
-        kernels(launch, *arrays, seed=len(self.launches), writable=len(outputs))
+        seed, writable = len(self.launches), sum(outputs)
+        kernels(launch, *arrays, reached=reached, seed=seed, writable=writable)
 
 
 def _pointer(x: np.ndarray) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from threading import Lock
 from typing import Any
@@ -33,7 +34,7 @@ class CupyRuntime:
         with x.device:
             return cupy.ascontiguousarray(x)
 
-    def launch(self, launch: Launch, *arrays: Array) -> None:
+    def launch(self, launch: Launch, *arrays: Array, reached: Sequence[Array] = ()) -> None:
         """Run a kernel on the current stream of the arrays' device."""
         with arrays[0].device:
             kernel = _module(launch.family).get_function(launch.name)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
+
+import numpy as np
 
 from kvcompress._namespace import Array, dtype_name
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.rotated import RotatedSpec
 from kvcompress_cupy import geometry
 from kvcompress_cupy.geometry import Launch, Rows
-from kvcompress_cupy.sources import BITS, CTYPES, DIMS
+from kvcompress_cupy.sources import BITS, CTYPES, DIMS, WORDS
 
 
 class Runtime(Protocol):
@@ -24,8 +27,8 @@ class Runtime(Protocol):
     def contiguous(self, x: Array) -> Array:
         """Return `x` or a copy in C order."""
 
-    def launch(self, launch: Launch, *arrays: Array) -> None:
-        """Run a kernel on the current stream."""
+    def launch(self, launch: Launch, *arrays: Array, reached: Sequence[Array] = ()) -> None:
+        """Run a kernel on the current stream; it reaches some arrays through its scalars."""
 
 
 class Operations:
@@ -169,6 +172,101 @@ class Operations:
             self._runtime.launch(launch, codes, gain, out)
         return out
 
+    def _supports_nearest(self, x: Array, codebook: Array) -> bool:
+        return _all_float32(x, codebook) and x.shape[1] > 0 and 0 < codebook.shape[0] < 2**31
+
+    def nearest(self, x: Array, codebook: Array) -> Array:
+        """See `kvcompress.ops.nearest`; near ties may fall otherwise."""
+        codes = self._runtime.empty((x.shape[0],), "int32", x)
+        if codes.size:
+            x, rows = self._rows(x)
+            codebook = self._contiguous(codebook)
+            launch = geometry.nearest(rows, size=codebook.shape[0])
+            self._runtime.launch(launch, x, codebook, codes)
+        return codes
+
+    def _supports_lookup(self, codes: Array, codebook: Array) -> bool:
+        width = codebook.shape[1] * codebook.dtype.itemsize
+        return (
+            codes.dtype.kind in "iu"
+            and codebook.dtype.itemsize >= 2
+            and 0 < codebook.shape[0] < 2**31
+            and 0 < width <= geometry.CHANNELS
+        )
+
+    def lookup(self, codes: Array, codebook: Array) -> Array:
+        """See `kvcompress.ops.lookup`."""
+        size, dim = codebook.shape
+        out = self._runtime.empty((codes.shape[0], dim), dtype_name(codebook.dtype), codes)
+        if out.size:
+            codes, codebook = self._contiguous(codes), self._contiguous(codebook)
+            row_bytes = dim * codebook.dtype.itemsize
+            address = self._runtime.pointer(codebook)
+            launch = geometry.lookup(
+                codes.shape[0],
+                row_bytes=row_bytes,
+                word=next(word for word in WORDS if row_bytes % word == address % word == 0),
+                size=size,
+                code_bytes=codes.dtype.itemsize,
+            )
+            self._runtime.launch(launch, codes, codebook, out)
+        return out
+
+    def _supports_encode_product(self, x: Array, *codebooks: Array) -> bool:
+        return (
+            _all_float32(x, *codebooks)
+            and 0 < len(codebooks) <= geometry.BOOKS
+            and x.shape[-1] <= geometry.CHANNELS
+        )
+
+    def encode_product(self, x: Array, *codebooks: Array) -> Array:
+        """See `kvcompress.ops.encode_product`; near ties may fall otherwise."""
+        heads, tokens, _ = x.shape
+        codes = self._runtime.empty((heads, tokens, len(codebooks)), "uint8", x)
+        if codes.size:
+            x, rows = self._rows(x)
+            codebooks, books = self._books(codebooks)
+            classes = np.array([geometry.product_class(dim) for dim in books["dim"]])
+            for dim in np.unique(classes):
+                launch = geometry.encode_product(
+                    rows, books=books[classes == dim], columns=len(codebooks)
+                )
+                self._runtime.launch(launch, x, codes, reached=codebooks)
+        return codes
+
+    def _supports_decode_product(self, codes: Array, *codebooks: Array) -> bool:
+        return (
+            codes.dtype.name == "uint8"
+            and _all_float32(*codebooks)
+            and 0 < len(codebooks) <= geometry.BOOKS
+            and sum(codebook.shape[-1] for codebook in codebooks) <= geometry.CHANNELS
+        )
+
+    def decode_product(self, codes: Array, *codebooks: Array) -> Array:
+        """See `kvcompress.ops.decode_product`."""
+        heads, tokens, _ = codes.shape
+        channels = sum(codebook.shape[-1] for codebook in codebooks)
+        out = self._runtime.empty((heads, tokens, channels), "float32", codes)
+        if out.size:
+            codes, rows = self._rows(codes)
+            codebooks, books = self._books(codebooks)
+            launch = geometry.decode_product(rows, books=books, channels=channels)
+            self._runtime.launch(launch, codes, out, reached=codebooks)
+        return out
+
+    def _books(self, codebooks: Sequence[Array]) -> tuple[Sequence[Array], np.ndarray[Any, Any]]:
+        """Codebooks, copied where they have gaps, and what kernels have to know of them."""
+        codebooks = [self._contiguous(codebook) for codebook in codebooks]
+        books = np.zeros(len(codebooks), geometry.CODEBOOK)
+        books["centroids"] = [self._runtime.pointer(codebook) for codebook in codebooks]
+        books["column"] = range(len(codebooks))
+        books["dim"] = [codebook.shape[-1] for codebook in codebooks]
+        books["start"] = np.cumsum(books["dim"]) - books["dim"]
+        return codebooks, books
+
+    def _contiguous(self, x: Array) -> Array:
+        return x if x.flags.c_contiguous else self._runtime.contiguous(x)
+
     def _rows(self, x: Array) -> tuple[Array, Rows]:
         """Rows of `x`, or of a copy where its strides are of no use."""
         rows = geometry.rows(x.shape, x.strides, x.dtype.itemsize)
@@ -180,3 +278,7 @@ class Operations:
 
 def _group(shape: tuple[int, int], spec: AffineSpec) -> int | None:
     return geometry.group_template(spec.group_size, shape[spec.axis == "token"])
+
+
+def _all_float32(*arrays: Array) -> bool:
+    return all(array.dtype.name == "float32" for array in arrays)

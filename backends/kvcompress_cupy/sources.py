@@ -17,8 +17,14 @@ GROUPS = (32, 64, 128, 0)
 DIMS = (32, 64, 128, 256)
 """Channels that a rotation may have."""
 
-AXES = ("CHANNEL", "TOKEN")
-"""`enum Axis` of the kernels."""
+VECTOR_DIMS = (1, 2, 4, 8, 16, 32, 0)
+"""Lengths that vectors are filled up to; 0 stands for those that are longer still."""
+
+WORDS = {16: "uint4", 8: "unsigned long long", 4: "unsigned", 2: "unsigned short"}
+"""Types by their bytes, to copy with."""
+
+AXES = (0, 1)
+"""Channel and token, what a group holds one of."""
 
 CTYPES = {"float16": "Float16", "bfloat16": "BFloat16", "float32": "float"}
 """Types of the kernels by dtype name."""
@@ -32,6 +38,10 @@ _PARAMETERS: dict[str, tuple[tuple[object, ...], ...]] = {
     "dequantize": (BITS, GROUPS, AXES, tuple(CTYPES.values())),
     "quantize_rotated": (BITS, DIMS, tuple(CTYPES.values())),
     "dequantize_rotated": (BITS, DIMS, tuple(CTYPES.values())),
+    "nearest": (VECTOR_DIMS,),
+    "lookup": (tuple(WORDS.values()),),
+    "encode_product": (VECTOR_DIMS,),
+    "decode_product": ((4, 2, 1),),
 }
 
 FAMILIES = tuple(_PARAMETERS)

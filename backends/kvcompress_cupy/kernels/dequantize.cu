@@ -5,7 +5,7 @@
 #include "affine.cuh"
 #include "packing.cuh"
 
-enum Axis { CHANNEL, TOKEN };
+constexpr int CHANNEL = 0, TOKEN = 1;  // values of AXIS: what a group runs along
 
 template <int BITS, int GROUP, int AXIS, class T, int COUNT>
 __device__ __forceinline__ void dequantize_rows(const Byte *codes, const void *lower,

@@ -111,6 +111,7 @@ __device__ __forceinline__ void narrow(float x, Float16 &out) {
 __device__ __forceinline__ void narrow(float x, BFloat16 &out) { from_float(x, out); }
 __device__ __forceinline__ void narrow(float x, float &out) { out = x; }
 
+// Neighbouring values that are stored at once.
 template <class T, int COUNT>
 struct alignas(COUNT * sizeof(T)) Run {
     T values[COUNT];
