@@ -1,6 +1,7 @@
 // A GPU's execution model on one CPU thread, strict enough to find what a GPU would only sometimes
-// punish: the threads of a block are fibers, resumed in a seeded random order and never
-// preempted, so that what a barrier or a shuffle does not order happens in any order.
+// punish: the threads of a block are fibers that run from one barrier or shuffle to the next, in a
+// seeded random order. In every other block the order is one of warps: the first that can run does,
+// so that it comes far before the others wherever no barrier holds it back.
 //
 // An error ends the launch, which then returns its text: loads and stores outside the arguments'
 // arrays or misaligned, threads that wait at different barriers or shuffles, or leave others
@@ -62,6 +63,7 @@ struct Fiber {
 // A shuffle or warp barrier that is gathering its lanes. Values alternate between two rows: no lane
 // can be two operations ahead of another.
 struct Warp {
+    std::vector<unsigned> ready;
     unsigned arrived = 0, mask = 0;
     int line = 0, generation = 0;
     uint64_t values[2][WARP];
@@ -74,7 +76,7 @@ struct Range {
 
 struct Machine {
     std::vector<Fiber *> fibers;
-    std::vector<unsigned> ready;
+    std::vector<unsigned> order;  // of the warps in this block
     std::vector<Warp> warps;
     std::vector<Range> ranges;
     std::vector<unsigned char> shared;
@@ -97,6 +99,26 @@ inline uint64_t draw() {
     machine.random ^= machine.random >> 7;
     machine.random ^= machine.random << 17;
     return machine.random;
+}
+
+inline void make_ready(unsigned thread) {
+    machine.fibers[thread]->state = READY;
+    machine.warps[thread / WARP].ready.push_back(thread);
+}
+
+// The thread to resume, or -1 if there is none.
+inline int next_thread() {
+    const size_t count = machine.warps.size();
+    const size_t first = machine.block.x % 2 ? 0 : draw() % count;
+    for (size_t i = 0; i < count; ++i) {
+        std::vector<unsigned> &ready = machine.warps[machine.order[(first + i) % count]].ready;
+        if (ready.empty()) continue;
+        std::swap(ready[draw() % ready.size()], ready.back());
+        const unsigned thread = ready.back();
+        ready.pop_back();
+        return (int)thread;
+    }
+    return -1;
 }
 
 __attribute__((noinline)) inline void suspend() {
@@ -159,10 +181,7 @@ inline const uint64_t *exchange(unsigned mask, uint64_t value, int line) {
         ++warp.generation;
         for (unsigned i = 0; i < WARP; ++i) {
             const unsigned other = thread - lane + i;
-            if (i != lane && mask >> i & 1) {
-                machine.fibers[other]->state = READY;
-                machine.ready.push_back(other);
-            }
+            if (i != lane && mask >> i & 1) make_ready(other);
         }
     } else {
         machine.running->state = IN_WARP;
@@ -202,14 +221,17 @@ inline void run_block() {
     for (unsigned char &byte : m.shared) byte = (unsigned char)draw();
     std::vector<unsigned char> guard(m.shared.end() - GUARD, m.shared.end());
     m.at_barrier = m.done = 0;
-    m.ready.clear();
-    for (Warp &warp : m.warps) warp.arrived = 0;
-    for (unsigned i = 0; i < m.threads; ++i) {
-        m.fibers[i]->state = READY;
-        m.ready.push_back(i);
+    m.order.clear();
+    for (unsigned i = 0; i < m.warps.size(); ++i) {
+        m.warps[i].arrived = 0;
+        m.warps[i].ready.clear();
+        m.order.push_back(i);
+        std::swap(m.order[draw() % (i + 1)], m.order.back());
     }
+    for (unsigned i = 0; i < m.threads; ++i) make_ready(i);
     while (m.done < m.threads) {
-        if (m.ready.empty()) {
+        const int thread = next_thread();
+        if (thread < 0) {
             if (m.at_barrier != m.threads) {
                 m.error = "threads wait for others that never come";
                 for (unsigned i = 0; i < m.threads; ++i) {
@@ -224,15 +246,11 @@ inline void run_block() {
                     m.error = "threads wait at different barriers";
                     return;
                 }
-                m.fibers[i]->state = READY;
-                m.ready.push_back(i);
+                make_ready(i);
             }
             m.at_barrier = 0;
+            continue;
         }
-        const size_t pick = draw() % m.ready.size();
-        const unsigned thread = m.ready[pick];
-        m.ready[pick] = m.ready.back();
-        m.ready.pop_back();
         resume(m.fibers[thread]);
         if (!m.error.empty()) return;
     }
@@ -337,11 +355,11 @@ inline unsigned short float_to_bfloat(float x) {
 
 // The kernels' file follows, then `emulation::Kernel kernels[]`, then this.
 #define KV_EXPORT                                                                                 \
-    extern "C" const char *kv_launch(unsigned index, unsigned grid, unsigned block, size_t shared, \
-                                     void **arguments, const uintptr_t *ranges, size_t count,     \
-                                     uint64_t seed) {                                             \
-        return ::emulation::launch(kernels[index], grid, block, shared, arguments, ranges, count, \
-                                   seed);                                                         \
+    extern "C" const char *kv_launch(unsigned index, unsigned first, unsigned grid,               \
+                                     unsigned block, size_t shared, void **arguments,             \
+                                     const uintptr_t *ranges, size_t count, uint64_t seed) {      \
+        return ::emulation::launch(kernels[index], first, grid, block, shared, arguments, ranges, \
+                                   count, seed);                                                  \
     }                                                                                             \
     extern "C" size_t kv_argument_size(unsigned index, size_t i) {                                \
         return i < kernels[index].count ? kernels[index].sizes[i] : 0;                            \
@@ -349,9 +367,11 @@ inline unsigned short float_to_bfloat(float x) {
 
 namespace emulation {
 
-// `ranges` holds start, stop and whether to write of every array. Returns an error, or nullptr.
-inline const char *launch(const Kernel &kernel, unsigned grid, unsigned block, size_t shared,
-                          void **arguments, const uintptr_t *ranges, size_t count, uint64_t seed) {
+// Run the blocks from `first` on. `ranges` holds start, stop and whether to write of every array.
+// Returns an error, or nullptr.
+inline const char *launch(const Kernel &kernel, unsigned first, unsigned grid, unsigned block,
+                          size_t shared, void **arguments, const uintptr_t *ranges, size_t count,
+                          uint64_t seed) {
     Machine &m = machine;
     m.error.clear();
     m.random = seed * 2 + 1;
@@ -370,7 +390,7 @@ inline const char *launch(const Kernel &kernel, unsigned grid, unsigned block, s
     }
     m.body = kernel.run;
     m.arguments = arguments;
-    for (m.block.x = 0; m.block.x < grid && m.error.empty(); ++m.block.x) run_block();
+    for (m.block.x = first; m.block.x < grid && m.error.empty(); ++m.block.x) run_block();
     if (m.error.empty()) return nullptr;
     // What the fibers were doing is abandoned.
     for (Fiber *fiber : m.fibers) fiber->started = false;
