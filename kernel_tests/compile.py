@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cuda.bindings import nvrtc
-
 from kvcompress_cupy import sources
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 
-# Of a multiprocessor: a kernel with more registers runs fewer blocks than shared memory allows.
 _USED = re.compile(r"Used (\d+) registers")
 _LOCAL = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -56,7 +54,11 @@ def _compile(program: Any, family: str, architecture: str) -> dict[str, Usage]:
         _call(nvrtc.nvrtcAddNameExpression, program, name.encode())
     options = [*sources.OPTIONS, f"--gpu-architecture={architecture}", "--ptxas-options=-v"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
-    log = _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode()
+    log = (
+        _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)
+        .decode()
+        .rstrip("\0 \n")
+    )
     if status != nvrtc.nvrtcResult.NVRTC_SUCCESS or "warning" in log:
         raise CompileError(f"{family} for {architecture}:\n{log}")
     cubin = _text(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
@@ -83,15 +85,17 @@ def _call(function: Any, *arguments: Any) -> Any:
 def _text(program: Any, size: Any, read: Any) -> bytes:
     text = b" " * _call(size, program)
     _call(read, program, text)
-    return text.rstrip(b"\0 ")
+    return text
 
 
 def main() -> int:
     """Compile everything and print the table."""
     tasks = [(family, a) for family in sources.FAMILIES for a in ARCHITECTURES]
+    families, architectures = zip(*tasks, strict=True)
     with ProcessPoolExecutor() as pool:
         try:
-            results = dict(zip(tasks, pool.map(compile_family, *zip(*tasks)), strict=True))
+            usages = pool.map(compile_family, families, architectures)
+            results = dict(zip(tasks, usages, strict=True))
         except CompileError as error:
             print(error)
             return 1
@@ -99,11 +103,11 @@ def main() -> int:
     print(f"{'registers a thread':48}" + "".join(f"{a:>8}" for a in ARCHITECTURES))
     for family in sources.FAMILIES:
         for name in sources.names(family):
-            usages = [results[family, a][name] for a in ARCHITECTURES]
-            line = f"{name:48}" + "".join(f"{u.registers:8}" for u in usages)
-            if any(u.local for u in usages):
+            row = [results[family, a][name] for a in ARCHITECTURES]
+            line = f"{name:48}" + "".join(f"{usage.registers:8}" for usage in row)
+            if any(usage.local for usage in row):
                 wrong += 1
-                line += "  bytes of local memory: " + " ".join(str(u.local) for u in usages)
+                line += "  bytes of local memory: " + " ".join(str(u.local) for u in row)
             print(line)
     count = sum(map(len, results.values()))
     print(f"{count} kernels compiled by NVRTC {nvrtc.nvrtcVersion()[1:]}, {wrong} use local memory")

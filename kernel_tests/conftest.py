@@ -6,7 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from emulation import EmulatedRuntime, Kernels, build
-
 from kvcompress_cupy import sources
 from kvcompress_cupy.operations import Operations
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-
-from kvcompress._namespace import dtype_of, namespace_of
 from kvcompress_cupy import sources
 from kvcompress_cupy.geometry import Launch
+
+from kvcompress._namespace import dtype_of, namespace_of
 
 HERE = Path(__file__).parent
 FLAGS = (

@@ -7,7 +7,17 @@ import numpy as np
 from kvcompress._namespace import dtype_of, namespace_of
 
 LARGEST = {"float16": 65504.0, "bfloat16": 2.0**126, "float32": 2.0**126}
-TINY = (0.0, -0.0, 2.0**-149, -(2.0**-140), 2.0**-126, -(2.0**-101), 2.0**-100, 2.0**-24, -(2.0**-14))
+TINY = (
+    0.0,
+    -0.0,
+    2.0**-149,
+    -(2.0**-140),
+    2.0**-126,
+    -(2.0**-101),
+    2.0**-100,
+    2.0**-24,
+    -(2.0**-14),
+)
 
 
 def values(shape: tuple[int, ...], dtype: str, *, bits: int, seed: int) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""Faults planted in the kernels are found: what the other tests compare would show them on a GPU."""
+"""Faults planted in the kernels are found, so the tests that pass without them mean something."""
+# ruff: noqa: E501 (a mutant is a line)
 
 from __future__ import annotations
 
@@ -7,13 +8,13 @@ from dataclasses import dataclass
 import hard
 import numpy as np
 import pytest
-from conftest import EmulatedBackend
 from emulation import EmulationError, build
+from kvcompress_cupy.sources import name
 
+from conftest import EmulatedBackend
 from kvcompress import ops
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.rotated import RotatedSpec
-from kvcompress_cupy.sources import name
 
 BARRIER = "__syncthreads();", ";"
 
@@ -124,7 +125,10 @@ def dequantize_rotated(backend, _):
     spec = RotatedSpec(3, 0)
     x = np.random.default_rng(0).standard_normal((3, 70, 128)).astype("float16")
     encoded, static = ops.quantize_rotated(x, spec=spec), {"spec": spec, "channels": 128}
-    same([backend.dequantize_rotated(*encoded, **static)], [ops.dequantize_rotated(*encoded, **static)])
+    same(
+        [backend.dequantize_rotated(*encoded, **static)],
+        [ops.dequantize_rotated(*encoded, **static)],
+    )
 
 
 def nearest(backend, _):

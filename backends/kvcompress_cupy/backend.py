@@ -38,7 +38,12 @@ class CupyRuntime:
         """Run a kernel on the current stream of the arrays' device."""
         with arrays[0].device:
             kernel = _module(launch.family).get_function(launch.name)
-            kernel((launch.grid,), (launch.block,), (*arrays, *launch.scalars), shared_mem=launch.shared)
+            kernel(
+                (launch.grid,),
+                (launch.block,),
+                (*arrays, *launch.scalars),
+                shared_mem=launch.shared,
+            )
 
 
 class CupyBackend(Operations):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,18 +98,30 @@ def rows(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Rows | 
     return Rows(heads, tokens, channels, head_stride, token_stride if tokens > 1 else 0)
 
 
-def group_template(group_size: int, length: int) -> int | None:
-    """Group size of the template that quantizes groups of `group_size` out of `length` values."""
-    if group_size >= length:
-        return next((size for size in GROUPS if size >= length), 0)
-    return group_size if group_size in GROUPS else None
+def contiguous_rows(shape: Sequence[int]) -> Rows:
+    """Lay an array in C order out."""
+    *lead, tokens, channels = shape
+    return Rows(math.prod(lead), tokens, channels, tokens * channels, channels)
+
+
+def has_template(group_size: int, length: int) -> bool:
+    """Tell whether a template quantizes groups of `group_size` out of `length` values."""
+    return group_size >= length or group_size in GROUPS
+
+
+def group_template(group_size: int, length: int) -> int:
+    """Group size of that template; 0 is one group of any length."""
+    if group_size < length:
+        return group_size
+    return next((size for size in GROUPS if size >= length), 0)
 
 
 def quantize_token(
-    x: Rows, *, spec: AffineSpec, group: int, dtype: str, ends_dtype: str, aligned: bool
+    x: Rows, *, spec: AffineSpec, dtype: str, ends_dtype: str, aligned: bool
 ) -> Launch:
     """Launch of ``quantize_token(x, codes, lower, upper, ...)``."""
     x = x.flat()
+    group = group_template(spec.group_size, x.channels)
     n, size = x.channels, 16 // (2 if dtype != "float32" else 4)
     groups = -(-n // group) if group else 1
     team = group // size if group else 32
@@ -134,9 +147,10 @@ def quantize_token(
 
 
 def quantize_channel(
-    x: Rows, *, spec: AffineSpec, group: int, dtype: str, ends_dtype: str, aligned: bool
+    x: Rows, *, spec: AffineSpec, dtype: str, ends_dtype: str, aligned: bool
 ) -> Launch:
     """Launch of ``quantize_channel(x, codes, lower, upper, ...)``."""
+    group = group_template(spec.group_size, x.tokens)
     lanes, chunk_tokens = 16, 128
     n, size = x.channels, 16 // (2 if dtype != "float32" else 4)
     groups = -(-x.tokens // group) if group else 1
@@ -164,13 +178,13 @@ def dequantize(
     *,
     spec: AffineSpec,
     channels: int,
-    group: int,
     dtype: str,
     ends_dtype: str,
     aligned: bool,
 ) -> Launch:
     """Launch of ``dequantize(codes, lower, upper, out, ...)``."""
     token = spec.axis == "token"
+    group = group_template(spec.group_size, channels if token else codes.tokens)
     if token and codes.flat().heads == ends.flat().heads == 1:
         codes, ends = codes.flat(), ends.flat()
     quads = aligned and pack_chunk(channels, spec.bits) >= 4
@@ -317,7 +331,9 @@ def encode_product(x: Rows, *, books: np.ndarray, columns: int) -> Launch:
 def decode_product(codes: Rows, *, books: np.ndarray, channels: int) -> Launch:
     """Launch of ``decode_product(codes, out, ...)``; `books` are some of the codebooks."""
     edges = np.concatenate([books["start"], books["dim"], [channels]])
-    word = next(w for w in (4, 2, 1) if not np.any(edges % w) and not np.any(books["centroids"] % (4 * w)))
+    word = next(
+        w for w in (4, 2, 1) if not np.any(edges % w) and not np.any(books["centroids"] % (4 * w))
+    )
     words = channels // word
     tile = max(1, 8 * THREADS // words)
     tiles = -(-codes.tokens // tile)

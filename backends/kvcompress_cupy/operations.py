@@ -49,12 +49,8 @@ class Operations:
     def _supports_quantize(self, x: Array, *, spec: AffineSpec) -> bool:
         dtypes = {dtype_name(x.dtype), spec.ends_dtype or dtype_name(x.dtype)}
         limit = geometry.COLUMNS if spec.axis == "channel" else geometry.CHANNELS
-        return (
-            spec.bits in BITS
-            and dtypes <= set(CTYPES)
-            and x.shape[-1] <= limit
-            and _group(x.shape[-2:], spec) is not None
-        )
+        tokens, channels = x.shape[-2:]
+        return dtypes <= set(CTYPES) and channels <= limit and _has_template(spec, tokens, channels)
 
     def quantize(self, x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
         """See `kvcompress.ops.quantize`."""
@@ -70,7 +66,6 @@ class Operations:
             launch = (geometry.quantize_token if token else geometry.quantize_channel)(
                 rows,
                 spec=spec,
-                group=_group((tokens, channels), spec),
                 dtype=dtype,
                 ends_dtype=ends_dtype,
                 aligned=rows.aligned(self._runtime.pointer(x), x.dtype.itemsize),
@@ -79,14 +74,21 @@ class Operations:
         return codes, lower, upper
 
     def _supports_dequantize(
-        self, codes: Array, lower: Array, upper: Array, *, spec: AffineSpec, channels: int
+        self,
+        codes: Array,
+        lower: Array,
+        upper: Array,
+        *,
+        spec: AffineSpec,
+        channels: int,
+        dtype: str = "float32",
     ) -> bool:
         return (
-            spec.bits in BITS
+            dtype in CTYPES
             and dtype_name(lower.dtype) in CTYPES
             and lower.dtype == upper.dtype
             and channels <= geometry.CHANNELS
-            and _group((codes.shape[-2], channels), spec) is not None
+            and _has_template(spec, codes.shape[-2], channels)
         )
 
     def dequantize(
@@ -100,7 +102,6 @@ class Operations:
         dtype: str = "float32",
     ) -> Array:
         """See `kvcompress.ops.dequantize`; in `dtype`, what exceeds float16 being its largest."""
-        tokens = codes.shape[-2]
         out = self._runtime.empty((*codes.shape[:-1], channels), dtype, codes)
         if out.size:
             codes, rows = self._rows(codes)
@@ -114,7 +115,6 @@ class Operations:
                 ends,
                 spec=spec,
                 channels=channels,
-                group=_group((tokens, channels), spec),
                 dtype=dtype,
                 ends_dtype=dtype_name(lower.dtype),
                 aligned=rows.aligned(self._runtime.pointer(codes), 1, 4),
@@ -142,9 +142,16 @@ class Operations:
         return codes, gain
 
     def _supports_dequantize_rotated(
-        self, codes: Array, gain: Array, *, spec: RotatedSpec, channels: int
+        self,
+        codes: Array,
+        gain: Array,
+        *,
+        spec: RotatedSpec,
+        channels: int,
+        dtype: str = "float32",
     ) -> bool:
-        return spec.bits in BITS and channels in DIMS and dtype_name(gain.dtype) in CTYPES
+        dtypes = {dtype, dtype_name(gain.dtype)}
+        return spec.bits in BITS and channels in DIMS and dtypes <= set(CTYPES)
 
     def dequantize_rotated(
         self,
@@ -225,13 +232,13 @@ class Operations:
         codes = self._runtime.empty((heads, tokens, len(codebooks)), "uint8", x)
         if codes.size:
             x, rows = self._rows(x)
-            codebooks, books = self._books(codebooks)
+            kept, books = self._books(codebooks)
             classes = np.array([geometry.product_class(dim) for dim in books["dim"]])
             for dim in np.unique(classes):
                 launch = geometry.encode_product(
                     rows, books=books[classes == dim], columns=len(codebooks)
                 )
-                self._runtime.launch(launch, x, codes, reached=codebooks)
+                self._runtime.launch(launch, x, codes, reached=kept)
         return codes
 
     def _supports_decode_product(self, codes: Array, *codebooks: Array) -> bool:
@@ -249,20 +256,20 @@ class Operations:
         out = self._runtime.empty((heads, tokens, channels), "float32", codes)
         if out.size:
             codes, rows = self._rows(codes)
-            codebooks, books = self._books(codebooks)
+            kept, books = self._books(codebooks)
             launch = geometry.decode_product(rows, books=books, channels=channels)
-            self._runtime.launch(launch, codes, out, reached=codebooks)
+            self._runtime.launch(launch, codes, out, reached=kept)
         return out
 
     def _books(self, codebooks: Sequence[Array]) -> tuple[Sequence[Array], np.ndarray[Any, Any]]:
         """Codebooks, copied where they have gaps, and what kernels have to know of them."""
-        codebooks = [self._contiguous(codebook) for codebook in codebooks]
-        books = np.zeros(len(codebooks), geometry.CODEBOOK)
-        books["centroids"] = [self._runtime.pointer(codebook) for codebook in codebooks]
-        books["column"] = range(len(codebooks))
-        books["dim"] = [codebook.shape[-1] for codebook in codebooks]
+        kept = [self._contiguous(codebook) for codebook in codebooks]
+        books = np.zeros(len(kept), geometry.CODEBOOK)
+        books["centroids"] = [self._runtime.pointer(codebook) for codebook in kept]
+        books["column"] = range(len(kept))
+        books["dim"] = [codebook.shape[-1] for codebook in kept]
         books["start"] = np.cumsum(books["dim"]) - books["dim"]
-        return codebooks, books
+        return kept, books
 
     def _contiguous(self, x: Array) -> Array:
         return x if x.flags.c_contiguous else self._runtime.contiguous(x)
@@ -270,14 +277,14 @@ class Operations:
     def _rows(self, x: Array) -> tuple[Array, Rows]:
         """Rows of `x`, or of a copy where its strides are of no use."""
         rows = geometry.rows(x.shape, x.strides, x.dtype.itemsize)
-        if rows is None:
-            x = self._runtime.contiguous(x)
-            rows = geometry.rows(x.shape, x.strides, x.dtype.itemsize)
-        return x, rows
+        if rows is not None:
+            return x, rows
+        return self._runtime.contiguous(x), geometry.contiguous_rows(x.shape)
 
 
-def _group(shape: tuple[int, int], spec: AffineSpec) -> int | None:
-    return geometry.group_template(spec.group_size, shape[spec.axis == "token"])
+def _has_template(spec: AffineSpec, tokens: int, channels: int) -> bool:
+    length = channels if spec.axis == "token" else tokens
+    return spec.bits in BITS and geometry.has_template(spec.group_size, length)
 
 
 def _all_float32(*arrays: Array) -> bool:

@@ -6,7 +6,7 @@ from functools import cache
 
 import numpy as np
 
-from kvcompress.ops.hadamard import _signs
+from kvcompress.ops.hadamard import signs as rotation_signs
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
 
 SIGNS = 256
@@ -39,7 +39,7 @@ def steps(bits: int) -> tuple[int, np.ndarray]:
 def signs(channels: int, seed: int) -> tuple[np.uint64, ...]:
     """Signs of the rotation as 256 bits: 1 is minus."""
     bits = np.zeros(SIGNS, "uint8")
-    bits[:channels] = _signs(channels, seed) < 0
+    bits[:channels] = rotation_signs(channels, seed) < 0
     return tuple(np.packbits(bits, bitorder="little").view("<u8").astype("uint64"))
 
 
@@ -57,8 +57,8 @@ def header(bits: tuple[int, ...]) -> str:
             f"    static constexpr int CELLS = {len(cells(n))}, PER_UNIT = {CELLS_PER_UNIT};",
             f"    static constexpr int ZERO = {LARGEST * CELLS_PER_UNIT};",
             f"    static constexpr int STEPS = {len(table)}, SHIFT = {shift};",
-            f"    static __device__ __forceinline__ float level(int i) {{ return LEVELS_{n}[i]; }}",
-            f"    static __device__ __forceinline__ unsigned step(int i) {{ return STEPS_{n}[i]; }}",
+            f"    static __device__ float level(int i) {{ return LEVELS_{n}[i]; }}",
+            f"    static __device__ unsigned step(int i) {{ return STEPS_{n}[i]; }}",
             "};",
         ]
     return "\n".join(lines)

@@ -33,12 +33,12 @@ def hadamard(x: Array, *, seed: int) -> Array:
     array ``[..., channels]``, float32
         Of the same norms.
     """
-    return _transform(x * _on(x, _signs(x.shape[-1], seed)))
+    return _transform(x * _on(x, signs(x.shape[-1], seed)))
 
 
 def inverse_hadamard(x: Array, *, seed: int) -> Array:
     """Undo `hadamard`."""
-    return _transform(x) * _on(x, _signs(x.shape[-1], seed))
+    return _transform(x) * _on(x, signs(x.shape[-1], seed))
 
 
 def _transform(x: Array) -> Array:
@@ -56,8 +56,8 @@ def _transform(x: Array) -> Array:
 
 
 @cache
-def _signs(n: int, seed: int) -> np.ndarray:
-    """Signs from the raw bits of PCG64, which NumPy promises never to change."""
+def signs(n: int, seed: int) -> np.ndarray:
+    """Signs of a rotation, from the raw bits of PCG64, which NumPy promises never to change."""
     words = np.random.PCG64(seed).random_raw(-(-n // 64)).astype("<u8")
     bits = np.unpackbits(words.view("uint8"), bitorder="little")[:n]
     return 1 - 2 * bits.astype("float32")
