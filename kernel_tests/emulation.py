@@ -116,6 +116,7 @@ class EmulatedRuntime:
     def __init__(self, kernels: Callable[[str], Kernels]) -> None:
         self._kernels = kernels
         self._outputs: list[np.ndarray] = []
+        self._launched = False
         self.launches: list[Launch] = []
         self.copies = 0
 
@@ -123,6 +124,8 @@ class EmulatedRuntime:
         return _pointer(x)
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: np.ndarray) -> np.ndarray:
+        if self._launched:  # the next operation
+            self._outputs, self._launched = [], False
         kind = np.dtype(dtype_of(namespace_of(np), dtype))
         size = int(np.prod(shape)) * kind.itemsize
         # Aligned as CuPy aligns, full of junk.
@@ -140,6 +143,7 @@ class EmulatedRuntime:
         self, launch: Launch, *arrays: np.ndarray, reached: Sequence[np.ndarray] = ()
     ) -> None:
         self.launches.append(launch)
+        self._launched = True
         outputs = [any(array is output for output in self._outputs) for array in arrays]
         if outputs != sorted(outputs):
             raise EmulationError("outputs come last")
