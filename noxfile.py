@@ -123,8 +123,7 @@ def kernels(session: nox.Session) -> None:
         session.error("g++ is needed to emulate the CUDA kernels")
     session.install("-e", ".[test]", "cuda-bindings>=13.0", "nvidia-cuda-nvrtc>=13.0")
     session.run("python", "kernel_tests/compile.py")
-    # A process for each file: the kernels are built once.
-    session.run("pytest", "--numprocesses=2", "--dist=loadfile", "kernel_tests", *session.posargs)
+    session.run("pytest", "--numprocesses=2", "--dist=loadgroup", "kernel_tests", *session.posargs)
 
 
 @nox.session(python=OLDEST)

@@ -13,6 +13,9 @@ import pytest
 from kvcompress.testing import conformance, gpu
 
 
+pytestmark = pytest.mark.xdist_group("built")  # in one process: the kernels are built once
+
+
 class HostDevice:
     def describe(self):
         return "an emulator"

@@ -18,6 +18,8 @@ from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.rotated import RotatedSpec, _sqrt
 from kvcompress.testing import conformance
 
+pytestmark = pytest.mark.xdist_group("built")  # in one process: the kernels are built once
+
 AXES = ("channel", "token")
 # Odd and ragged, whole groups and vectors, and rows for which one block is too short.
 CHANNELS = (1, 5, 64, 80, 100, 128, 130, 256)
