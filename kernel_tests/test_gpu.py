@@ -12,7 +12,6 @@ import pytest
 
 from kvcompress.testing import conformance, gpu
 
-
 pytestmark = pytest.mark.xdist_group("built")  # in one process: the kernels are built once
 
 
