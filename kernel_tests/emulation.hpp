@@ -5,10 +5,11 @@
 //
 // An error ends the launch, which then returns its text: loads and stores outside the arguments'
 // arrays or misaligned, threads that wait at different barriers or shuffles, or leave others
-// waiting, shared memory overrun. Shared memory starts as junk.
+// waiting, shared memory overrun, any other address that faults. Shared memory starts as junk.
 #pragma once
 
 #include <setjmp.h>
+#include <signal.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -130,6 +131,8 @@ __attribute__((noinline)) inline void suspend() {
     machine.error = what + " (block " + std::to_string(b.x) + ", thread " + std::to_string(t.x) + ")";
     _longjmp(machine.scheduler, 1);
 }
+
+inline void on_fault(int) { fail("access to an address that is none"); }
 
 inline void fiber_main() {
     // The fiber outlives a block: it runs the next one when it is resumed.
@@ -353,6 +356,24 @@ inline unsigned short float_to_bfloat(float x) {
     return (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
+template <class Choose>
+unsigned pairwise(unsigned a, unsigned b, float (*widen)(unsigned short), Choose first) {
+    unsigned out = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const unsigned short x = (unsigned short)(a >> shift), y = (unsigned short)(b >> shift);
+        out |= (unsigned)(first(widen(x), widen(y)) ? x : y) << shift;
+    }
+    return out;
+}
+
+inline float bfloat_to_float(unsigned short bits) { return __uint_as_float((unsigned)bits << 16); }
+inline bool is_less(float x, float y) { return x < y; }
+inline bool is_more(float x, float y) { return x > y; }
+inline unsigned half2_min(unsigned a, unsigned b) { return pairwise(a, b, half_to_float, is_less); }
+inline unsigned half2_max(unsigned a, unsigned b) { return pairwise(a, b, half_to_float, is_more); }
+inline unsigned bfloat2_min(unsigned a, unsigned b) { return pairwise(a, b, bfloat_to_float, is_less); }
+inline unsigned bfloat2_max(unsigned a, unsigned b) { return pairwise(a, b, bfloat_to_float, is_more); }
+
 // The kernels' file follows, then `emulation::Kernel kernels[]`, then this.
 #define KV_EXPORT                                                                                 \
     extern "C" const char *kv_launch(unsigned index, unsigned first, unsigned grid,               \
@@ -390,7 +411,12 @@ inline const char *launch(const Kernel &kernel, unsigned first, unsigned grid, u
     }
     m.body = kernel.run;
     m.arguments = arguments;
+    struct sigaction fault = {}, before;
+    fault.sa_handler = on_fault;
+    fault.sa_flags = SA_NODEFER;
+    sigaction(SIGSEGV, &fault, &before);
     for (m.block.x = first; m.block.x < grid && m.error.empty(); ++m.block.x) run_block();
+    sigaction(SIGSEGV, &before, nullptr);
     if (m.error.empty()) return nullptr;
     // What the fibers were doing is abandoned.
     for (Fiber *fiber : m.fibers) fiber->started = false;

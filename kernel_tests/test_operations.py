@@ -15,6 +15,7 @@ from kvcompress_cupy.sources import BITS, DIMS, FAMILIES
 from kvcompress import ops
 from kvcompress._namespace import FLOATING, dtype_of, namespace_of, narrow
 from kvcompress.ops.affine import AffineSpec
+from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells
 from kvcompress.ops.rotated import RotatedSpec, _sqrt
 from kvcompress.testing import conformance
 
@@ -99,10 +100,16 @@ def test_the_root_in_one_step_is_the_one_in_fourteen():
 
 @pytest.mark.parametrize("bits", BITS)
 def test_the_steps_give_the_code_of_every_cell(bits):
-    shift, steps = tables.steps(bits)
-    cells = ops.rotated.cells(bits)
-    step = steps[np.arange(len(cells)) >> shift]
-    np.testing.assert_array_equal((step & 255) + (np.arange(len(cells)) >= step >> 8), cells)
+    """At both ends of every cell, and beyond the first and the last."""
+    per_unit, zero, table = tables.steps(bits)
+    edges = (np.arange(-20000, 20001) / CELLS_PER_UNIT).astype("float32")
+    x = np.concatenate([edges, np.nextafter(edges, np.float32(-99))])
+    cell = np.floor(x * np.float32(CELLS_PER_UNIT)).astype(int) + LARGEST * CELLS_PER_UNIT
+    expected = cells(bits)[np.clip(cell, 0, len(cells(bits)) - 1)]
+    for other_way in (0.0, 1e-6):  # of rounding halves
+        step = np.rint(x.astype("float64") * per_unit + other_way).astype(int) + zero
+        rise = table[np.clip(step, 0, len(table) - 1)]
+        np.testing.assert_array_equal(rise["code"] + (x >= rise["threshold"]), expected)
 
 
 def near(x, codebook, got, expected):

@@ -213,13 +213,13 @@ def quantize_rotated(x: Rows, *, spec: RotatedSpec, dtype: str, aligned: bool) -
     tile_rows = THREADS * 32 // dim
     tiles = -(-x.tokens // tile_rows)
     pitch = max(dim + dim // 4, dim + 16)
-    _, steps = tables.steps(spec.bits)
+    _, _, steps = tables.steps(spec.bits)
     return Launch(
         "quantize_rotated",
         name("quantize_rotated", spec.bits, dim, CTYPES[dtype]),
         x.heads * tiles,
         THREADS,
-        tile_rows * pitch + 4 * (len(steps) + 2**spec.bits),
+        tile_rows * pitch + 8 * (len(steps) + 2**spec.bits),
         (
             *map(np.int64, (x.tokens, x.head_stride, x.token_stride)),
             *map(np.int32, (tiles, aligned)),

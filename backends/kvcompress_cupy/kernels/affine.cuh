@@ -2,8 +2,6 @@
 #pragma once
 #include "device.cuh"
 
-#define INFINITE __uint_as_float(0x7f800000u)
-
 __device__ __forceinline__ void store_end(float x, void *ends, long long i, int type) {
     if (type == FLOAT16) {
         store((Float16 *)ends + i, Float16{float_to_half(x)});

@@ -4,7 +4,12 @@
 #include "tables.cuh"
 
 constexpr int THREADS = 256;
-constexpr float LARGEST_VALUE = 8.507059173023462e37f;  // 2**126
+constexpr float LIMIT = 8.507059173023462e37f;  // 2**126
+
+template <class T>
+constexpr bool IS_HALF = false;
+template <>
+constexpr bool IS_HALF<Float16> = true;
 
 template <int BITS, int DIM, class T>
 __global__ void __launch_bounds__(THREADS, 3)
@@ -55,8 +60,10 @@ __global__ void __launch_bounds__(THREADS, 3)
         Run<T, SIZE> run;
 #pragma unroll
         for (int i = 0; i < SIZE; ++i) {
-            const float value = __fmul_rn(y[k * SIZE + i], scale);
-            narrow(fminf(fmaxf(value, -LARGEST_VALUE), LARGEST_VALUE), run.values[i]);
+            float value = __fmul_rn(y[k * SIZE + i], scale);
+            // float16 ends before the limit, and `narrow` clips there.
+            if constexpr (!IS_HALF<T>) value = fminf(fmaxf(value, -LIMIT), LIMIT);
+            narrow(value, run.values[i]);
         }
         store((Run<T, SIZE> *)(out + R::channel(k, lane)), run);
     }

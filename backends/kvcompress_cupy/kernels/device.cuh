@@ -27,6 +27,17 @@ __device__ __forceinline__ unsigned short float_to_bfloat(float x) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
     return bits;
 }
+
+#define KV_PAIRWISE(name, instruction)                                                    \
+    __device__ __forceinline__ unsigned name(unsigned a, unsigned b) {                    \
+        unsigned out;                                                                     \
+        asm(instruction " %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));                     \
+        return out;                                                                       \
+    }
+KV_PAIRWISE(half2_min, "min.f16x2")
+KV_PAIRWISE(half2_max, "max.f16x2")
+KV_PAIRWISE(bfloat2_min, "min.bf16x2")
+KV_PAIRWISE(bfloat2_max, "max.bf16x2")
 #endif
 
 #define TINY 7.888609052210118e-31f  // 2**-100: less counts as zero
@@ -80,7 +91,8 @@ template <class T>
 struct Vector {
     static constexpr int SIZE = 16 / sizeof(T);
     union {
-        uint4 words;
+        uint4 all;
+        unsigned words[4];
         T values[SIZE];
     };
 };
@@ -90,10 +102,10 @@ struct Vector {
 template <class T>
 __device__ __forceinline__ Vector<T> load_vector(const T *pointer, int count, bool aligned) {
     Vector<T> vector;
-    vector.words = make_uint4(0, 0, 0, 0);
+    vector.all = make_uint4(0, 0, 0, 0);
     if (count <= 0) return vector;
     if (aligned) {
-        vector.words = load((const uint4 *)pointer);
+        vector.all = load((const uint4 *)pointer);
         return vector;
     }
     const T first = load(pointer);

@@ -5,6 +5,7 @@
 // replace them there and are packed as in quantize_token.
 #include "affine.cuh"
 #include "packing.cuh"
+#include "range.cuh"
 
 constexpr int LANES = 16;  // by at most 256 / SIZE columns
 constexpr int CHUNK = 128;  // tokens whose codes are in shared memory at a time
@@ -35,16 +36,7 @@ __global__ void __launch_bounds__(LANES * 256 / Vector<T>::SIZE, 1)
     x += head * head_stride + first * token_stride + channel;
 
     Vector<T> held[HELD ? HELD : 1];
-    float least[SIZE], most[SIZE];
-#pragma unroll
-    for (int i = 0; i < SIZE; ++i) least[i] = INFINITE, most[i] = -INFINITE;
-    auto widen = [&](const Vector<T> &v) {
-#pragma unroll
-        for (int i = 0; i < SIZE; ++i) {
-            least[i] = fminf(least[i], to_float(v.values[i]));
-            most[i] = fmaxf(most[i], to_float(v.values[i]));
-        }
-    };
+    Range<T> range;
     if constexpr (HELD > 0) {
 #pragma unroll
         for (int k = 0; k < HELD; ++k) {
@@ -53,21 +45,24 @@ __global__ void __launch_bounds__(LANES * 256 / Vector<T>::SIZE, 1)
         }
 #pragma unroll
         for (int k = 0; k < HELD; ++k)
-            if (k * LANES + lane < count) widen(held[k]);
+            if (k * LANES + lane < count) range.widen(held[k]);
     } else {
 #pragma unroll 4
         for (long long token = lane; token < count; token += LANES)
-            widen(load_vector(x + token * token_stride, left, aligned));
+            range.widen(load_vector(x + token * token_stride, left, aligned));
     }
 #pragma unroll
     for (int i = 0; i < SIZE; i += 4) {
         const int at = lane * width + channel + i;
-        *(float4 *)(low + at) = make_float4(least[i], least[i + 1], least[i + 2], least[i + 3]);
-        *(float4 *)(high + at) = make_float4(most[i], most[i + 1], most[i + 2], most[i + 3]);
+        const T *least = range.low.values + i, *most = range.high.values + i;
+        *(float4 *)(low + at) = make_float4(to_float(least[0]), to_float(least[1]),
+                                            to_float(least[2]), to_float(least[3]));
+        *(float4 *)(high + at) = make_float4(to_float(most[0]), to_float(most[1]),
+                                             to_float(most[2]), to_float(most[3]));
     }
     __syncthreads();
     for (int c = threadIdx.x; c < n; c += blockDim.x) {
-        float minimum = INFINITE, maximum = -INFINITE;
+        float minimum = __uint_as_float(0x7f800000u), maximum = -minimum;
 #pragma unroll
         for (int k = 0; k < LANES; ++k) {
             minimum = fminf(minimum, low[k * width + c]);

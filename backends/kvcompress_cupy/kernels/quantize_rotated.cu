@@ -7,20 +7,25 @@
 
 constexpr int THREADS = 256;
 
-// Sum over a row of products rounded to multiples of 1 / unit: whole numbers below 2**24, whose sum
-// is the same in any order. Adding SHIFT rounds them, half to even; their bits add as integers.
-template <int DIM, bool SIGNED>
+struct Level {
+    float level;
+    unsigned square;  // rounded as in Dot
+};
+
+// Sums over a row of products rounded to multiples of 1 / unit: whole numbers below 2**24, whose sum
+// is the same in any order. Adding 2**23 or, for either sign, half as much again rounds them, half to
+// even; the bits of the results are added as integers.
+template <int DIM>
 struct Dot {
     static constexpr float UNIT = (float)((1 << 22) / DIM);
-    static constexpr float SHIFT = SIGNED ? 12582912.0f : 8388608.0f;
-    static constexpr unsigned SHIFT_BITS = SIGNED ? 0x4b400000u : 0x4b000000u;
-    unsigned sum = 0;
+    static constexpr float SHIFT = 8388608.0f, SIGNED_SHIFT = 12582912.0f;
+    static constexpr unsigned SHIFT_BITS = 0x4b000000u, SIGNED_SHIFT_BITS = 0x4b400000u;
 
-    __device__ __forceinline__ void add(float x, float y) {
-        sum += __float_as_uint(__fmaf_rn(__fmul_rn(x, y), UNIT, SHIFT)) - SHIFT_BITS;
+    static __device__ __forceinline__ unsigned shifted(float x, float y, float shift) {
+        return __float_as_uint(__fmaf_rn(__fmul_rn(x, y), UNIT, shift));
     }
 
-    __device__ __forceinline__ float total() const {
+    static __device__ __forceinline__ float total(unsigned sum) {
         int all = (int)sum;
 #pragma unroll
         for (int bit = 1; bit < DIM / HELD; bit *= 2) all += __shfl_xor_sync(0xffffffffu, all, bit);
@@ -42,6 +47,7 @@ __global__ void __launch_bounds__(THREADS, 2)
                      unsigned long long signs_b, unsigned long long signs_c,
                      unsigned long long signs_d) {
     using Q = Quantizer<BITS>;
+    using D = Dot<DIM>;
     constexpr int SIZE = Vector<T>::SIZE;
     using R = Rotation<DIM, SIZE>;
     constexpr int ROWS = THREADS / R::LANES;
@@ -52,10 +58,13 @@ __global__ void __launch_bounds__(THREADS, 2)
     constexpr int CHUNKS = (FIRST + SECOND) / CHUNK;
     KV_SHARED(shared);
     Byte *const tile = shared;
-    unsigned *const steps = (unsigned *)(shared + ROWS * PITCH);
-    float *const levels = (float *)(steps + Q::STEPS);
+    Step *const steps = (Step *)(shared + ROWS * PITCH);
+    Level *const levels = (Level *)(steps + Q::STEPS);
     for (int i = threadIdx.x; i < Q::STEPS; i += THREADS) steps[i] = Q::step(i);
-    for (int i = threadIdx.x; i < 1 << BITS; i += THREADS) levels[i] = Q::level(i);
+    for (int i = threadIdx.x; i < 1 << BITS; i += THREADS) {
+        const float level = Q::level(i);
+        levels[i] = Level{level, D::shifted(level, level, D::SHIFT) - D::SHIFT_BITS};
+    }
 
     const long long head = blockIdx.x / tiles;
     const long long start = (long long)(blockIdx.x % tiles) * ROWS;
@@ -86,35 +95,35 @@ __global__ void __launch_bounds__(THREADS, 2)
     R::flip(y, R::signs(signs_a, signs_b, signs_c, signs_d, lane));
     R::transform(y, lane);
 
-    Dot<DIM, false> energy;
+    unsigned energy = -HELD * D::SHIFT_BITS;
 #pragma unroll
-    for (int i = 0; i < HELD; ++i) energy.add(y[i], y[i]);
-    const float rms = heron_root(__fmul_rn(energy.total(), 1.0f / DIM));
+    for (int i = 0; i < HELD; ++i) energy += D::shifted(y[i], y[i], D::SHIFT);
+    const float rms = heron_root(__fmul_rn(D::total(energy), 1.0f / DIM));
     const float inverse_rms = zero ? 0.0f : __fdiv_rn(1.0f, rms);
 
     __syncthreads();  // for the tables
-    Dot<DIM, true> along;
-    Dot<DIM, false> power;
+    unsigned along = -HELD * D::SIGNED_SHIFT_BITS, power = 0;
 #pragma unroll
     for (int k = 0; k < R::RUNS; ++k) {
         unsigned word[SIZE / 4];
 #pragma unroll
         for (int i = 0; i < SIZE; ++i) {
             const float value = __fmul_rn(y[k * SIZE + i], inverse_rms);
-            int cell = __float2int_rd(__fmul_rn(value, (float)Q::PER_UNIT));
-            cell = min(max(cell + Q::ZERO, 0), Q::CELLS - 1);
-            const unsigned step = steps[cell >> Q::SHIFT];
-            const unsigned code = (step & 0xffu) + ((unsigned)cell >= step >> 8 ? 1u : 0u);
-            const float level = levels[code];
-            along.add(value, level);
-            power.add(level, level);
+            // Rounded by adding 1.5 * 2**23, whose bits are then taken off.
+            const float whole = __fmaf_rn(value, (float)Q::PER_UNIT, D::SIGNED_SHIFT);
+            const int step = __float_as_int(whole) - (int)(D::SIGNED_SHIFT_BITS - Q::ZERO);
+            const Step rise = steps[min(max(step, 0), Q::STEPS - 1)];
+            const unsigned code = rise.code + (value >= rise.threshold ? 1u : 0u);
+            const Level level = levels[code];
+            along += D::shifted(value, level.level, D::SIGNED_SHIFT);
+            power += level.square;
             word[i / 4] = i % 4 ? word[i / 4] | code << (i % 4 * 8) : code;
         }
 #pragma unroll
         for (int i = 0; i < SIZE / 4; ++i)
             *(unsigned *)(tile + row * PITCH + R::channel(k, lane) + 4 * i) = word[i];
     }
-    const float quotient = __fdiv_rn(along.total(), power.total());
+    const float quotient = __fdiv_rn(D::total(along), D::total(power));
     const long long first_row = head * rows + start;
     if (lane == 0 && row < count)
         store(gain + first_row + row, zero ? 0.0f : __fmul_rn(__fmul_rn(peak, rms), quotient));

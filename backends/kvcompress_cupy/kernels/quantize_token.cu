@@ -5,6 +5,7 @@
 // apart, and leave in 16-byte chunks.
 #include "affine.cuh"
 #include "packing.cuh"
+#include "range.cuh"
 
 constexpr int THREADS = 256;
 
@@ -42,26 +43,16 @@ __global__ void __launch_bounds__(THREADS, 3)
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
-            float low = INFINITE, high = -INFINITE;
+            Range<T> range;
             const T *values = x + row[u] * row_stride;
-            auto widen = [&](const Vector<T> &v) {
-#pragma unroll
-                for (int i = 0; i < SIZE; ++i) {
-                    low = fminf(low, to_float(v.values[i]));
-                    high = fmaxf(high, to_float(v.values[i]));
-                }
-            };
             if constexpr (GROUP > 0) {
-                if (left[u] > 0) widen(vector[u]);
+                if (left[u] > 0) range.widen(vector[u]);
             } else {
                 for (int i = 0; i < left[u]; i += TEAM * SIZE)
-                    widen(load_vector(values + channel[u] + i, left[u] - i, aligned));
+                    range.widen(load_vector(values + channel[u] + i, left[u] - i, aligned));
             }
-#pragma unroll
-            for (int mask = TEAM / 2; mask > 0; mask /= 2) {
-                low = fminf(low, __shfl_xor_sync(0xffffffffu, low, mask));
-                high = fmaxf(high, __shfl_xor_sync(0xffffffffu, high, mask));
-            }
+            float low, high;
+            range.ends(TEAM, low, high);
             if (left[u] <= 0) continue;
             low = round_end(low, ends_type);
             high = round_end(high, ends_type);

@@ -60,12 +60,10 @@ struct Rotation {
         for (int bit = 1; bit < SIZE; bit *= 2) combine(x, bit);
 #pragma unroll
         for (int bit = 1; bit < LANES; bit *= 2) {
-            const unsigned minus = lane & bit ? 0x80000000u : 0u;
+            const float sign = lane & bit ? -1.0f : 1.0f;
 #pragma unroll
-            for (int i = 0; i < HELD; ++i) {
-                const float other = __shfl_xor_sync(0xffffffffu, x[i], bit);
-                x[i] = __fadd_rn(other, __uint_as_float(__float_as_uint(x[i]) ^ minus));
-            }
+            for (int i = 0; i < HELD; ++i)  // the product is exact: a sum or a difference
+                x[i] = __fmaf_rn(x[i], sign, __shfl_xor_sync(0xffffffffu, x[i], bit));
         }
 #pragma unroll
         for (int bit = SIZE; bit < HELD; bit *= 2) combine(x, bit);
