@@ -37,7 +37,7 @@ class CupyRuntime:
     def launch(self, launch: Launch, *arrays: Array, reached: Sequence[Array] = ()) -> None:
         """Run a kernel on the current stream of the arrays' device."""
         with arrays[0].device:
-            kernel = _module(launch.family).get_function(launch.name)
+            kernel = _kernel(launch.family, launch.name)
             kernel(
                 (launch.grid,),
                 (launch.block,),
@@ -68,6 +68,7 @@ class CupyBackend(Operations):
         return (
             all(map(compat.is_cupy_array, arrays))
             and len({array.device.id for array in arrays}) == 1
+            and _has_bfloat16(arrays[0].device.id)
             and super().supports(op, *arrays, **static)
         )
 
@@ -75,13 +76,14 @@ class CupyBackend(Operations):
 _compiling = Lock()
 
 
-def _module(family: str) -> Any:
-    with _compiling:
-        return _load(family)
+@cache
+def _kernel(family: str, name: str) -> Any:
+    with _compiling:  # other threads wait instead of compiling the same
+        return _module(family).get_function(name)
 
 
 @cache
-def _load(family: str) -> Any:
+def _module(family: str) -> Any:
     import cupy
 
     return cupy.RawModule(
@@ -89,3 +91,11 @@ def _load(family: str) -> Any:
         options=sources.OPTIONS,
         name_expressions=sources.names(family),
     )
+
+
+@cache
+def _has_bfloat16(device: int) -> bool:
+    """Whether a device converts to bfloat16, as all have done since compute capability 8.0."""
+    import cupy
+
+    return int(cupy.cuda.Device(device).compute_capability) >= 80

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -116,6 +117,7 @@ def group_template(group_size: int, length: int) -> int:
     return next((size for size in GROUPS if size >= length), 0)
 
 
+@lru_cache(maxsize=1024)
 def quantize_token(
     x: Rows, *, spec: AffineSpec, dtype: str, ends_dtype: str, aligned: bool
 ) -> Launch:
@@ -146,6 +148,7 @@ def quantize_token(
     )
 
 
+@lru_cache(maxsize=1024)
 def quantize_channel(
     x: Rows, *, spec: AffineSpec, dtype: str, ends_dtype: str, aligned: bool
 ) -> Launch:
@@ -172,6 +175,7 @@ def quantize_channel(
     )
 
 
+@lru_cache(maxsize=1024)
 def dequantize(
     codes: Rows,
     ends: Rows,
@@ -206,6 +210,7 @@ def dequantize(
     )
 
 
+@lru_cache(maxsize=1024)
 def quantize_rotated(x: Rows, *, spec: RotatedSpec, dtype: str, aligned: bool) -> Launch:
     """Launch of ``quantize_rotated(x, codes, gain, ...)``."""
     x = x.flat()
@@ -228,6 +233,7 @@ def quantize_rotated(x: Rows, *, spec: RotatedSpec, dtype: str, aligned: bool) -
     )
 
 
+@lru_cache(maxsize=1024)
 def dequantize_rotated(
     codes: Rows,
     gain: Rows,
@@ -270,6 +276,7 @@ CODEBOOKS = np.dtype([("books", CODEBOOK, (BOOKS,))], align=True)
 """`struct Codebooks` of the kernels."""
 
 
+@lru_cache(maxsize=1024)
 def nearest(x: Rows, *, size: int) -> Launch:
     """Launch of ``nearest(x, codebook, codes, ...)``."""
     dim, tile, shared = _search(x.channels)
@@ -286,6 +293,7 @@ def nearest(x: Rows, *, size: int) -> Launch:
     )
 
 
+@lru_cache(maxsize=1024)
 def lookup(vectors: int, *, row_bytes: int, word: int, size: int, code_bytes: int) -> Launch:
     """Launch of ``lookup(codes, codebook, out, ...)`` that copies `word` bytes at once."""
     words = row_bytes // word
