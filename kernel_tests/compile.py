@@ -97,6 +97,7 @@ def main() -> int:
             usages = pool.map(compile_family, families, architectures)
             results = dict(zip(tasks, usages, strict=True))
         except CompileError as error:
+            pool.shutdown(cancel_futures=True)
             print(error)
             return 1
     wrong = 0

@@ -41,7 +41,7 @@ __device__ __forceinline__ float heron_root(float x) {
 }
 
 template <int BITS, int DIM, class T>
-__global__ void __launch_bounds__(THREADS, 2)
+__global__ void __launch_bounds__(THREADS, 3)
     quantize_rotated(const T *x, Byte *codes, float *gain, long long rows, long long head_stride,
                      long long row_stride, int tiles, int aligned, unsigned long long signs_a,
                      unsigned long long signs_b, unsigned long long signs_c,
@@ -95,14 +95,14 @@ __global__ void __launch_bounds__(THREADS, 2)
     R::flip(y, R::signs(signs_a, signs_b, signs_c, signs_d, lane));
     R::transform(y, lane);
 
-    unsigned energy = -HELD * D::SHIFT_BITS;
+    unsigned energy = 0u - HELD * D::SHIFT_BITS;
 #pragma unroll
     for (int i = 0; i < HELD; ++i) energy += D::shifted(y[i], y[i], D::SHIFT);
     const float rms = heron_root(__fmul_rn(D::total(energy), 1.0f / DIM));
     const float inverse_rms = zero ? 0.0f : __fdiv_rn(1.0f, rms);
 
     __syncthreads();  // for the tables
-    unsigned along = -HELD * D::SIGNED_SHIFT_BITS, power = 0;
+    unsigned along = 0u - HELD * D::SIGNED_SHIFT_BITS, power = 0;
 #pragma unroll
     for (int k = 0; k < R::RUNS; ++k) {
         unsigned word[SIZE / 4];
