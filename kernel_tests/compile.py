@@ -52,7 +52,13 @@ def _compile(program: Any, family: str, architecture: str) -> dict[str, Usage]:
     names = sources.names(family)
     for name in names:
         _call(nvrtc.nvrtcAddNameExpression, program, name.encode())
-    options = [*sources.OPTIONS, f"--gpu-architecture={architecture}", "--ptxas-options=-v"]
+    # As CuPy compiles them.
+    options = [
+        *sources.OPTIONS,
+        "-ftz=true",
+        f"--gpu-architecture={architecture}",
+        "--ptxas-options=-v",
+    ]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
     log = (
         _text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog)

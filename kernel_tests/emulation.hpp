@@ -6,11 +6,15 @@
 // An error ends the launch, which then returns its text: loads and stores outside the arguments'
 // arrays or misaligned, threads that wait at different barriers or shuffles, or leave others
 // waiting, shared memory overrun, any other address that faults. Shared memory starts as junk.
+// Denormal numbers are flushed to zero where `flush` asks for it, as CuPy has kernels compiled.
 #pragma once
 
 #include <setjmp.h>
 #include <signal.h>
 #include <ucontext.h>
+#ifdef __SSE__
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -378,9 +382,10 @@ inline unsigned bfloat2_max(unsigned a, unsigned b) { return pairwise(a, b, bflo
 #define KV_EXPORT                                                                                 \
     extern "C" const char *kv_launch(unsigned index, unsigned first, unsigned grid,               \
                                      unsigned block, size_t shared, void **arguments,             \
-                                     const uintptr_t *ranges, size_t count, uint64_t seed) {      \
+                                     const uintptr_t *ranges, size_t count, uint64_t seed,        \
+                                     bool flush) {                                                \
         return ::emulation::launch(kernels[index], first, grid, block, shared, arguments, ranges, \
-                                   count, seed);                                                  \
+                                   count, seed, flush);                                           \
     }                                                                                             \
     extern "C" size_t kv_argument_size(unsigned index, size_t i) {                                \
         return i < kernels[index].count ? kernels[index].sizes[i] : 0;                            \
@@ -392,7 +397,7 @@ namespace emulation {
 // Returns an error, or nullptr.
 inline const char *launch(const Kernel &kernel, unsigned first, unsigned grid, unsigned block,
                           size_t shared, void **arguments, const uintptr_t *ranges, size_t count,
-                          uint64_t seed) {
+                          uint64_t seed, bool flush) {
     Machine &m = machine;
     m.error.clear();
     m.random = seed * 2 + 1;
@@ -415,7 +420,16 @@ inline const char *launch(const Kernel &kernel, unsigned first, unsigned grid, u
     fault.sa_handler = on_fault;
     fault.sa_flags = SA_NODEFER;
     sigaction(SIGSEGV, &fault, &before);
+#ifdef __SSE__
+    const unsigned control = _mm_getcsr();
+    if (flush) _mm_setcsr(control | 0x8040);
+#else
+    (void)flush;  // other processors keep them
+#endif
     for (m.block.x = first; m.block.x < grid && m.error.empty(); ++m.block.x) run_block();
+#ifdef __SSE__
+    _mm_setcsr(control);
+#endif
     sigaction(SIGSEGV, &before, nullptr);
     if (m.error.empty()) return nullptr;
     // What the fibers were doing is abandoned.

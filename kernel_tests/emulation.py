@@ -73,6 +73,7 @@ class Kernels:
         seed: int,
         writable: int,
         first: int = 0,
+        flush: bool = False,
     ) -> None:
         """Run the blocks from `first` on; the last `writable` arrays are outputs."""
         index = self._index[launch.name]
@@ -97,6 +98,7 @@ class Kernels:
             (ctypes.c_size_t * len(ranges))(*ranges),
             ctypes.c_size_t(len(ranges) // 3),
             ctypes.c_uint64(seed),
+            ctypes.c_bool(flush),
         )
         if error is not None:
             raise EmulationError(f"{launch.name}: {error.decode()}")
@@ -111,6 +113,8 @@ class EmulatedRuntime:
         All that were run.
     copies : int
         How often an array had to be copied.
+    flush : bool
+        Whether kernels take denormal numbers for zero.
     """
 
     def __init__(self, kernels: Callable[[str], Kernels]) -> None:
@@ -119,6 +123,7 @@ class EmulatedRuntime:
         self._launched = False
         self.launches: list[Launch] = []
         self.copies = 0
+        self.flush = False
 
     def pointer(self, x: np.ndarray) -> int:
         return _pointer(x)
@@ -149,7 +154,7 @@ class EmulatedRuntime:
             raise EmulationError("outputs come last")
         kernels = self._kernels(launch.family)
         seed, writable = len(self.launches), sum(outputs)
-        kernels(launch, *arrays, reached=reached, seed=seed, writable=writable)
+        kernels(launch, *arrays, reached=reached, seed=seed, writable=writable, flush=self.flush)
 
 
 def _pointer(x: np.ndarray) -> int:
