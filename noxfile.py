@@ -130,6 +130,16 @@ def wheel(session: nox.Session) -> None:
 
 
 @nox.session(python=OLDEST)
+def kernels(session: nox.Session) -> None:
+    """The CUDA kernels, without a GPU: compiled by NVRTC, then run by an emulator (needs g++)."""
+    if not shutil.which("g++"):
+        session.error("g++ is needed to emulate the CUDA kernels")
+    session.install("-e", ".[test]", "cuda-bindings>=13.0", "nvidia-cuda-nvrtc>=13.0")
+    session.run("python", "tests/kernels/compile.py")
+    session.run("pytest", "--numprocesses=2", "--dist=loadgroup", "tests/kernels", *session.posargs)
+
+
+@nox.session(python=OLDEST)
 def docs(session: nox.Session) -> None:
     """Build the documentation; run every code block in README.md and docs/."""
     session.install("-e", ".[test,docs]", *INSTALL["jax"], *INSTALL["torch"])

@@ -16,6 +16,8 @@ import hypothesis
 import numpy as np
 import pytest
 
+collect_ignore = ["kernels"]  # of the CUDA sources: nox -s kernels
+
 LIBRARIES = {
     "numpy": ("numpy", "numpy-readonly"),
     "strict": ("strict",),

@@ -1,0 +1,170 @@
+"""Faults planted in the kernels are found, so the tests that pass without them mean something."""
+# ruff: noqa: E501 (a mutant is a line)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import hard
+import numpy as np
+import pytest
+from emulation import EmulationError, build
+from kvcompress_cupy.sources import name
+
+from conftest import EmulatedBackend
+from kvcompress import ops
+from kvcompress.ops.affine import AffineSpec
+from kvcompress.ops.rotated import RotatedSpec
+
+BARRIER = "__syncthreads();", ";"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A change of a kernel's source: `count` occurrences of `old`, or the `which`-th alone."""
+
+    family: str
+    what: str
+    old: str
+    new: str
+    which: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.family}: {self.what}"
+
+    def __call__(self, text: str) -> str:
+        pieces = text.split(self.old)
+        assert len(pieces) > 1, f"{self.old!r} is not in the source"
+        if self.which is None:
+            return self.new.join(pieces)
+        at = self.which + 1 if self.which >= 0 else len(pieces) + self.which
+        return self.old.join(pieces[:at]) + self.new + self.old.join(pieces[at:])
+
+
+HALF_EVEN = "__float_as_uint(__fadd_rn(clipped, 8388608.0f))"
+HALF_UP = "(unsigned)std::floor(clipped + 0.5f)"
+
+MUTANTS = [
+    Mutant("quantize_token", "no barrier before packing", *BARRIER),
+    Mutant("quantize_token", "halves rounded up", HALF_EVEN, HALF_UP),
+    Mutant("quantize_token", "truncated", HALF_EVEN, "(unsigned)clipped"),
+    Mutant("quantize_token", "the next channel", "+ lane * SIZE;", "+ lane * SIZE + 1;"),
+    Mutant("quantize_token", "a shuffle less", "mask = team / 2", "mask = team / 4"),
+    Mutant("quantize_token", "not all lanes shuffle", "if (left[u] > 0) range.widen", "if (left[u] <= 0) continue; range.widen"),
+    Mutant("quantize_token", "ragged group one short", "? n - channel[u] : 0", "? n - 1 - channel[u] : 0"),
+    Mutant("quantize_token", "ragged group one long", "i < count ? load(pointer + i) : first", "i <= count ? load(pointer + i) : first"),
+    Mutant("quantize_token", "rows of a tile one short", "row[u] < count ?", "row[u] < count - 1 ?"),
+    Mutant("quantize_token", "tiny ends kept", "fabsf(x) < TINY ? 0.0f : x", "x"),
+    Mutant("quantize_token", "tiny ranges scaled", "extent < TINY ? 0.0f", "extent <= 0.0f ? 0.0f"),
+    Mutant("quantize_token", "reciprocal of the extent", "__fdiv_rn((float)((1 << BITS) - 1), extent)", "__fmul_rn((float)((1 << BITS) - 1), __fdiv_rn(1.0f, extent))"),
+    Mutant("quantize_token", "contracted", "__fmul_rn(__fsub_rn(x, lower), inverse)", "__fmaf_rn(x, inverse, -__fmul_rn(lower, inverse))"),
+    Mutant("quantize_token", "planes swapped", "(codes >> SHIFT) & MASK", "(codes >> (3 - SHIFT - WIDTH)) & MASK"),
+    Mutant("quantize_token", "padding not zero", "if (i * size < left) out", "out"),
+    Mutant("quantize_channel", "no barrier before the ends", *BARRIER, which=0),
+    Mutant("quantize_channel", "no barrier before the codes", *BARRIER, which=1),
+    Mutant("quantize_channel", "no barrier before packing", *BARRIER, which=2),
+    Mutant("quantize_channel", "no barrier before the next codes", *BARRIER, which=3),
+    Mutant("quantize_channel", "a lane left out", "k < LANES; ++k", "k < LANES - 1; ++k"),
+    Mutant("quantize_channel", "last token left out", "if (k * LANES + lane < count) range.widen", "if (k * LANES + lane < count - 1) range.widen"),
+    Mutant("quantize_channel", "ends of the neighbour", "start + channel, inverse + channel, 1,", "start + channel, inverse + channel + 1, 1,"),
+    Mutant("quantize_channel", "a barrier that not all reach", "int c = threadIdx.x; c < n; c += blockDim.x) {", "int c = threadIdx.x; c < n; c += blockDim.x) { if (c == 0) __syncthreads();"),
+    Mutant("dequantize", "the last row left out", "row < rows; row += lanes", "row < rows - 1; row += lanes"),
+    Mutant("dequantize", "a row too many", "row < rows; row += lanes", "row < rows + 1; row += lanes"),
+    Mutant("dequantize", "ends of the next group", "? tile : 0", "? tile + (tile + 1 < tiles) : 0"),
+    Mutant("dequantize", "the step is a quotient", "__fmul_rn(__fsub_rn(load_as(upper, end, ends_type), start[i]), SCALE)", "__fdiv_rn(__fsub_rn(load_as(upper, end, ends_type), start[i]), (float)((1 << BITS) - 1))"),
+    Mutant("quantize_rotated", "no barrier after the tables", *BARRIER, which=0),
+    Mutant("quantize_rotated", "no barrier before packing", *BARRIER, which=1),
+    Mutant("quantize_rotated", "a sign ignored", "R::flip(y, R::signs(", "R::flip(y, ~1u & R::signs("),
+    Mutant("quantize_rotated", "rounds in another order", "int bit = SIZE; bit < HELD; bit *= 2", "int bit = HELD / 2; bit >= SIZE; bit /= 2"),
+    Mutant("quantize_rotated", "the rounded root alone", "__fmul_rn(__fadd_rn(root, __fdiv_rn(x, root)), 0.5f)", "root"),
+    Mutant("quantize_rotated", "products not rounded first", "__fmaf_rn(__fmul_rn(x, y), UNIT, shift)", "__fmaf_rn(x, y * UNIT, shift)"),
+    Mutant("quantize_rotated", "the code of the next step", "SHIFT_BITS - Q::ZERO)", "SHIFT_BITS - Q::ZERO - 1)"),
+    Mutant("quantize_rotated", "rises ignored", "value >= rise.threshold ?", "value < -100.0f ?"),
+    Mutant("dequantize_rotated", "no barrier after the levels", *BARRIER),
+    Mutant("dequantize_rotated", "halves of a warp swapped", "lane & bit ? -1.0f : 1.0f", "lane & bit ? 1.0f : -1.0f"),
+    Mutant("nearest", "no barrier after the half norms", *BARRIER, which=2),
+    Mutant("nearest", "no barrier before the half norms", *BARRIER, which=1),
+    Mutant("nearest", "no barrier before the next codes", *BARRIER, which=0),
+    Mutant("nearest", "the last of equals", "if (score < least[v])", "if (score <= least[v])"),
+    Mutant("nearest", "the last code left out", "code < codes; ++code", "code < codes - 1; ++code"),
+]  # fmt: skip
+
+
+def same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a.view(f"u{a.itemsize}"), b.view(f"u{b.itemsize}"))
+
+
+def affine(backend, family):
+    axis = "channel" if family == "quantize_channel" else "token"
+    for n, seed in ((128, 0), (100, 1), (71, 2)):
+        shape = (2, n, 290) if axis == "channel" else (2, 290, n)
+        x = hard.values(shape, "float32", bits=3, seed=seed)
+        if axis == "channel":
+            x = np.ascontiguousarray(np.swapaxes(x, 1, 2))
+        for size in (64, 290):
+            spec = AffineSpec(3, size, axis)
+            same(backend.quantize(x, spec=spec), ops.quantize(x, spec=spec))
+
+
+def dequantize(backend, _):
+    for n in (128, 7):
+        spec = AffineSpec(3, 64, "channel")
+        x = hard.values((2, 290, n), "float32", bits=3, seed=n)
+        encoded, static = ops.quantize(x, spec=spec), {"spec": spec, "channels": n}
+        same([backend.dequantize(*encoded, **static)], [ops.dequantize(*encoded, **static)])
+
+
+def rotated(backend, _):
+    spec = RotatedSpec(3, 0)
+    x = np.random.default_rng(0).standard_normal((3, 700, 128)).astype("float16")
+    same(backend.quantize_rotated(x, spec=spec), ops.quantize_rotated(x, spec=spec))
+
+
+def dequantize_rotated(backend, _):
+    spec = RotatedSpec(3, 0)
+    x = np.random.default_rng(0).standard_normal((3, 70, 128)).astype("float16")
+    encoded, static = ops.quantize_rotated(x, spec=spec), {"spec": spec, "channels": 128}
+    same(
+        [backend.dequantize_rotated(*encoded, **static)],
+        [ops.dequantize_rotated(*encoded, **static)],
+    )
+
+
+def nearest(backend, _):
+    """Centroids far from each other: no near ties."""
+    rng = np.random.default_rng(0)
+    codebook = rng.permutation(700).astype("float32")[:, None] * np.ones(4, "float32")
+    codebook[1::7] = codebook[:100]
+    x = codebook[rng.permutation(700)]
+    same([backend.nearest(x, codebook)], [ops.nearest(x, codebook)])
+
+
+# Check and the instantiations that it needs.
+CHECKS = {
+    "quantize_token": (affine, (3, 64, "float"), (3, 128, "float")),
+    "quantize_channel": (affine, (3, 64, "float"), (3, 0, "float")),
+    "dequantize": (dequantize, (3, 64, 0, "float")),
+    "quantize_rotated": (rotated, (3, 128, "Float16")),
+    "dequantize_rotated": (dequantize_rotated, (3, 128, "float")),
+    "nearest": (nearest, (4,)),
+}
+
+
+def run(family, directory, mutate):
+    check, *instantiations = CHECKS[family]
+    # Optimized as little as possible: what is planted shall run as it stands, and compile soon.
+    names = tuple(name(family, *parameters) for parameters in instantiations)
+    kernels = build(family, directory, names=names, mutate=mutate, optimize=False)
+    check(EmulatedBackend({family: kernels}.__getitem__), family)
+
+
+@pytest.mark.parametrize("family", CHECKS)
+def test_the_checks_pass_without_a_fault(family, tmp_path):
+    run(family, tmp_path, str)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_a_fault_is_found(mutant, tmp_path):
+    with pytest.raises((AssertionError, EmulationError)):
+        run(mutant.family, tmp_path, mutant)
