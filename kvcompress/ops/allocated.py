@@ -69,9 +69,10 @@ def quantize_allocated(x: Array, depths: Array, *, bits: int) -> Array:
     """
     xp = array_namespace(x, depths)
     table = xp.asarray(all_cells(), device=device(x))
-    last = 2.0 * LARGEST * CELLS_PER_UNIT - 1
-    cell = xp.clip(xp.floor((x + LARGEST) * CELLS_PER_UNIT), 0.0, last)
-    cell = xp.astype(cell, xp.int32) + xp.astype(depths, xp.int32)[:, None, :] * int(last + 1)
+    count = 2 * LARGEST * CELLS_PER_UNIT
+    cell = xp.floor(xp.clip(x, -float(LARGEST), float(LARGEST)) * CELLS_PER_UNIT)
+    cell = xp.clip(cell + count / 2, 0.0, count - 1.0)
+    cell = xp.astype(cell, xp.int32) + xp.astype(depths, xp.int32)[:, None, :] * count
     codes = xp.reshape(xp.take(table, xp.reshape(cell, (math.prod(cell.shape),))), x.shape)
     component, weight = _slots(depths, bits)
     # By matrix products, which every library is quick at; whole numbers below 2**8 stay exact.

@@ -123,6 +123,15 @@ def cases() -> Iterator[Case]:
         draw = np.random.default_rng(next(seeds)).integers
         codes = draw(0, 256, (heads, tokens, len(widths)), dtype="uint8")
         yield Case("decode_product", (codes, *books))
+    for shape in _SHAPES:
+        heads, _, channels = shape
+        x = _tensor(shape, "float32", seed=next(seeds))
+        for bits in (1, 2 * channels + 1, 8 * channels):
+            variances = np.random.default_rng(next(seeds)).random((heads, channels), "float32")
+            depths = to_host(ops.allocate(variances, bits))
+            yield Case("quantize_allocated", (x, depths), {"bits": bits})
+            packed = to_host(ops.quantize_allocated(x, depths, bits=bits))
+            yield Case("dequantize_allocated", (packed, depths), {"bits": bits}, _equal)
 
 
 def check(backend: Backend, case: Case, *, asarray: Callable[[Any], Array] = np.asarray) -> bool:
