@@ -56,7 +56,7 @@ LIBRARIES = {
     "jax": ["jax"],
     "cpu": ["numpy"],
     "torch": ["torch"],
-    "torch-cpu": ["numpy", "torch"],
+    "torch-cpu": ["torch"],
 }
 
 
@@ -125,7 +125,7 @@ def wheel(session: nox.Session) -> None:
         with session.chdir(directory):
             where = "import kvcompress as k; assert 'site-packages' in k.__file__, k.__file__"
             session.run("python", "-c", where)
-            pytest(session, *libraries("numpy", "strict"))
+            pytest(session, *libraries("numpy"))
             session.run("kvcompress", "compare", "--plot", "compare.png")
 
 
