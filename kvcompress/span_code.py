@@ -1,0 +1,150 @@
+"""What codes the layers of a span: one basis and the tables of an entropy coder, trained once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from os import PathLike
+
+import numpy as np
+
+from kvcompress.coefficient_model import CoefficientModel
+from kvcompress.errors import CalibrationError, KVCompressError
+from kvcompress.layer_statistics import HostArray, digest
+from kvcompress.span import Span
+from kvcompress.span_files import load_arrays, span_from_dict, span_to_dict
+
+FORMAT = "kvcompress.span-code.1"
+
+
+@dataclass(frozen=True, eq=False)
+class SpanCode:
+    """Basis and entropy tables of a span at one rate; NumPy arrays on the host.
+
+    Belongs to the model, like its tokenizer: what is compressed carries the fingerprint only.
+
+    Attributes
+    ----------
+    span : Span
+    bits : float
+        Bits per value it was trained for.
+    mean : array ``[width]``, float32
+        Of the rows.
+    scale : array ``[width]``, float32
+        What rows, less the mean, are multiplied by: errors then count alike, and in steps of the
+        quantizer.
+    basis : array ``[components, width]``, int8
+    basis_scale : array ``[components]``, float32
+        What every row of `basis` is multiplied by.
+    classes : array ``[components]``, uint8
+        Of every component; see `CoefficientModel`.
+    residual_classes : array ``[width]``, uint8
+        Of what the components leave of every number, for tokens of which they leave too much.
+    limit : array ``[1]``, float32
+        Squared error, in steps, beyond which the rest of a token is coded too.
+    rounding : array ``[CLASSES]``, float32
+        Magnitude, above a whole number, from which coefficients of a class are rounded up.
+    centres : array ``[2, CLASSES]``, float32
+        How much nearer to zero than the whole number coefficients are restored: those of magnitude
+        one, and larger ones.
+    frequencies, magnitudes, thresholds : arrays
+        Of `model`.
+    """
+
+    span: Span
+    bits: float
+    mean: HostArray
+    scale: HostArray
+    basis: HostArray
+    basis_scale: HostArray
+    classes: HostArray
+    residual_classes: HostArray
+    limit: HostArray
+    rounding: HostArray
+    centres: HostArray
+    frequencies: HostArray
+    magnitudes: HostArray
+    thresholds: HostArray
+
+    @property
+    def arrays(self) -> Mapping[str, HostArray]:
+        """Every array, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[2:]}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays: what a machine needs to have of the model to restore its caches."""
+        return sum(x.nbytes for x in self.arrays.values())
+
+    @property
+    def components(self) -> int:
+        """How many components a token has."""
+        return len(self.basis)
+
+    @cached_property
+    def model(self) -> CoefficientModel:
+        """Tables of the entropy coder."""
+        return CoefficientModel(self.frequencies, self.magnitudes, self.thresholds)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the span and all arrays, in hexadecimal: who has the same decodes the same."""
+        span = json.dumps(span_to_dict(self.span), sort_keys=True).encode()
+        return digest({**self.arrays, "span": np.frombuffer(span, np.uint8)})
+
+    @property
+    def backward(self) -> HostArray:
+        """What takes coefficients to rows, in steps: float32 ``[components, width]``."""
+        return self.basis.astype(np.float32) * self.basis_scale[:, None]
+
+    @property
+    def forward(self) -> HostArray:
+        """What takes rows to coefficients, ``[width, components]``: those that restore them best.
+
+        Least squares, because whole numbers make the basis a little oblique.
+        """
+        backward = self.backward
+        gram = backward @ backward.T
+        # Near the identity: two steps of Newton and Schulz are an inverse to float32.
+        inverse = 2 * np.eye(len(gram), dtype=np.float32) - gram
+        inverse = inverse @ (2 * np.eye(len(gram), dtype=np.float32) - gram @ inverse)
+        forward: HostArray = backward.T @ inverse
+        return forward
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SpanCode) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return (
+            f"SpanCode({len(self.span.layers)} layers, {self.bits:g} bits, {self.components} of "
+            f"{self.span.width} components, {self.nbytes:,} bytes, {self.fingerprint[:12]})"
+        )
+
+    def save(self, path: str | PathLike[str], /) -> None:
+        """Write a safetensors file."""
+        from safetensors.numpy import save_file
+
+        arrays = {name: np.ascontiguousarray(x) for name, x in self.arrays.items()}
+        facts = {"span": span_to_dict(self.span), "bits": self.bits}
+        save_file(arrays, path, {"format": FORMAT, "code": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], /) -> SpanCode:
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        CalibrationError
+            If it is no such file.
+        """
+        arrays, metadata = load_arrays(path, FORMAT)
+        try:
+            facts = json.loads(metadata["code"])
+            return cls(span_from_dict(facts["span"]), facts["bits"], **arrays)
+        except (KVCompressError, KeyError, ValueError, TypeError) as error:
+            raise CalibrationError(f"{path} holds no code of a span: {error}") from error
