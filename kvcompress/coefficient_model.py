@@ -229,7 +229,7 @@ def fit(q: HostArray, classes: HostArray) -> CoefficientModel:
     """
     size = 2.0 ** (np.arange(CLASSES) / OCTAVE + SMALLEST)
     prior = _laplace(size)
-    usual = np.arange(-LARGEST, LARGEST + 1) << _LOW_BITS[:, None]
+    usual = np.arange(-LARGEST, LARGEST + 1) << _LOW_BITS[:, None].astype(np.int64)
     expected = np.sum(prior[:, :-1] * np.abs(usual), axis=1) * _PRIOR
     count = np.full(CLASSES, float(_PRIOR))
     np.add.at(expected, classes, np.minimum(np.abs(q), _MOST).sum(1))
@@ -246,7 +246,7 @@ def fit(q: HostArray, classes: HostArray) -> CoefficientModel:
 def _laplace(size: HostArray) -> HostArray:
     """Probabilities ``[classes, SYMBOLS]`` of symbols, were coefficients Laplacian."""
     step = 2.0 ** _LOW_BITS[:, None]
-    edges = (np.arange(-LARGEST, LARGEST + 2) - 0.5) * step
+    edges = np.arange(-LARGEST, LARGEST + 2) * step - 0.5
     below = np.exp(-np.abs(edges) * np.sqrt(2) / size[:, None]) / 2
     below = np.where(edges > 0, 1 - below, below)
     inner = np.diff(below, axis=1)
@@ -254,11 +254,11 @@ def _laplace(size: HostArray) -> HostArray:
 
 
 def _integers(counts: HostArray) -> HostArray:
-    """Frequencies, uint16, of rows of counts: alike for both signs, at least one, summing up."""
+    """Frequencies, uint16, of rows of counts: at least one, summing up, alike for both signs."""
     both = (counts[:, :-1] + counts[:, -2::-1]) / 2
+    both = np.where(_LOW_BITS[:, None] == 0, both, counts[:, :-1])  # others round downwards
     counts = np.concatenate([both, counts[:, -1:]], axis=1)
     share = counts / counts.sum(1, keepdims=True)
     frequencies: HostArray = 1 + np.floor(share * (TOTAL - SYMBOLS)).astype(np.int64)
-    rows, likeliest = np.arange(len(counts)), np.argmax(frequencies, axis=1)
-    frequencies[rows, likeliest] += TOTAL - frequencies.sum(1)
+    frequencies[:, LARGEST] += TOTAL - frequencies.sum(1)
     return frequencies.astype(np.uint16)

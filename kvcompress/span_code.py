@@ -99,20 +99,6 @@ class SpanCode:
         """What takes coefficients to rows, in steps: float32 ``[components, width]``."""
         return self.basis.astype(np.float32) * self.basis_scale[:, None]
 
-    @property
-    def forward(self) -> HostArray:
-        """What takes rows to coefficients, ``[width, components]``: those that restore them best.
-
-        Least squares, because whole numbers make the basis a little oblique.
-        """
-        backward = self.backward
-        gram = backward @ backward.T
-        # Near the identity: two steps of Newton and Schulz are an inverse to float32.
-        inverse = 2 * np.eye(len(gram), dtype=np.float32) - gram
-        inverse = inverse @ (2 * np.eye(len(gram), dtype=np.float32) - gram @ inverse)
-        forward: HostArray = backward.T @ inverse
-        return forward
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, SpanCode) and self.fingerprint == other.fingerprint
 

@@ -166,7 +166,6 @@ class _Forward:
     code: SpanCode
     mean: Array
     scale: Array
-    matrix: Array
     thresholds: Array
     backward: _Backward
 
@@ -200,7 +199,6 @@ def _forward(code: SpanCode, xp: Namespace, where: Any) -> _Forward:
         code,
         move(code.mean),
         move(code.scale),
-        move(code.forward),
         move(code.rounding[code.classes]),
         _backward(code, xp, where),
     )
@@ -210,7 +208,8 @@ def _encode_rows(tables: _Forward, rows: Array) -> tuple[HostArray, HostArray]:
     """Words of rows, and how many each has."""
     xp, code = array_namespace(rows), tables.code
     z = (rows - tables.mean) * tables.scale
-    y = xp.clip(z @ tables.matrix, -_LARGEST, _LARGEST)
+    # The basis is orthonormal, to the precision of its whole numbers.
+    y = xp.clip(z @ xp.matrix_transpose(tables.backward.matrix), -_LARGEST, _LARGEST)
     magnitude = xp.floor(xp.abs(y) + (1 - tables.thresholds))
     q = xp.where(y < 0, -magnitude, magnitude)
     restored = _magnitudes(q, tables.backward.centres)
