@@ -117,8 +117,8 @@ class Decoder:
         self.take(value << shift, np.uint32(1) << shift, slot)
         return value.astype(np.int64)
 
-    def resume(self, lanes: HostArray) -> Decoder:
-        """End here: of all lanes but `lanes`, which hold what another `Encoder` made.
+    def finish(self, lanes: HostArray | None = None) -> list[HostArray]:
+        """End here, and return what words are left of `lanes`: others have none.
 
         Raises
         ------
@@ -126,11 +126,9 @@ class Decoder:
             If words are left over or missing, or states are not the first: the words are damaged.
         """
         left = self._end - self._next
-        more = left[lanes]
-        left[lanes] = 0
+        wanted = np.zeros(0, np.int64) if lanes is None else lanes
+        rest = [self._words[self._next[i] : self._end[i]] for i in wanted]
+        left[wanted] = 0
         if np.any(left) or np.any(self._state != _LOW):
             raise CodingError("the words of a token do not end where it ends: damaged?")
-        rest = [
-            self._words[self._end[i] - n : self._end[i]] for i, n in zip(lanes, more, strict=True)
-        ]
-        return Decoder(np.concatenate([np.zeros(0, np.uint16), *rest]), more)
+        return rest

@@ -172,12 +172,12 @@ class Span:
         seq_len : int, optional
             See `RoPE.apply`.
         """
-        shape = self.shapes[layer]
+        shape, tokens = self.shapes[layer], positions.shape[0]
         xp = array_namespace(rows)
         keys, end = shape.heads * shape.key_dim, shape.heads * (shape.key_dim + shape.value_dim)
-        k = _heads(rows[:, :keys], batch, shape.heads)
-        v = _heads(rows[:, keys:end], batch, shape.heads)
-        log = _heads(rows[:, end:], batch, shape.heads)
+        k = _heads(rows[:, :keys], batch, tokens, shape.heads)
+        v = _heads(rows[:, keys:end], batch, tokens, shape.heads)
+        log = _heads(rows[:, end:], batch, tokens, shape.heads)
         if shape.rope is not None:
             k = shape.rope.apply(k, positions, seq_len=seq_len)
         return k, v * xp.exp(_LN2 * xp.clip(log, -126.0, 126.0))
@@ -190,9 +190,8 @@ def _rows(x: Array) -> Array:
     return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (batch * tokens, heads * dim))
 
 
-def _heads(x: Array, batch: int, heads: int) -> Array:
+def _heads(x: Array, batch: int, tokens: int, heads: int) -> Array:
     """Undo `_rows`."""
     xp = array_namespace(x)
-    rows, width = x.shape
-    tokens = rows // batch if batch else 0
-    return xp.permute_dims(xp.reshape(x, (batch, tokens, heads, width // heads)), (0, 2, 1, 3))
+    x = xp.reshape(x, (batch, tokens, heads, x.shape[1] // heads))
+    return xp.permute_dims(x, (0, 2, 1, 3))

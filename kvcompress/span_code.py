@@ -18,6 +18,10 @@ from kvcompress.span_files import load_arrays, span_from_dict, span_to_dict
 
 FORMAT = "kvcompress.span-code.1"
 
+REST_STEPS = 2
+"""Steps, to one of the coefficients, of what they leave of a token: it is spread over all numbers,
+which then have no larger error together than the coefficients of other tokens."""
+
 
 @dataclass(frozen=True, eq=False)
 class SpanCode:

@@ -10,7 +10,7 @@ import numpy as np
 from kvcompress.coefficient_model import CLASSES, CoefficientModel, classes_of, fit
 from kvcompress.errors import SettingError
 from kvcompress.layer_statistics import HostArray
-from kvcompress.span_code import SpanCode
+from kvcompress.span_code import REST_STEPS, SpanCode
 from kvcompress.span_statistics import SpanStatistics
 
 LAGRANGE = 0.06
@@ -226,7 +226,7 @@ def _code(
         basis=integers,
         basis_scale=(1 / norms).astype(np.float32),
         classes=classes,
-        residual_classes=classes_of(sizes),
+        residual_classes=classes_of(REST_STEPS * sizes),
         limit=np.asarray([LIMIT * error], np.float32),
         rounding=trial.rounding,
         centres=centres,

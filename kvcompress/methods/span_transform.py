@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,16 +14,25 @@ from kvcompress.errors import CalibrationError, CodingError, SettingError
 from kvcompress.layer_statistics import HostArray
 from kvcompress.methods.base import Payload
 from kvcompress.rans import TOTAL, Decoder, Encoder
-from kvcompress.span_code import SpanCode
+from kvcompress.span_code import REST_STEPS, SpanCode
 
 BLOCK = 256
 """Rows in work at a time."""
 
-_RARE = 64
-"""Frequency, of `TOTAL`, of tokens whose rest is coded too."""
+_PLAIN, _REST, _RAW = range(3)
+"""What a token has: coefficients; what they leave, too; or its row as it is, float32."""
 
-_LARGEST = 2.0**30
-"""Coefficients, in steps, are at most this."""
+_STARTS = np.array([0, TOTAL - 96, TOTAL - 32])
+_FREQUENCIES = np.array([TOTAL - 96, 64, 32])
+
+_LARGEST = 2.0**28
+"""Rows with numbers beyond this, in steps, are kept as they are."""
+
+_OBLIQUE = 0.005
+"""How far whole numbers make the basis from orthonormal, where errors are estimated."""
+
+_CLIPPED = 2.0**50
+"""Rows are clipped to this, where only their coefficients are computed from it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,7 @@ class SpanTransform:
             raise SettingError(f"codes must be a SpanCode or several, got {self.codes!r}")
         layers = [layer for code in codes for layer in code.span.layers]
         if len(set(layers)) < len(layers):
-            raise SettingError(f"a layer may be in one span, got {sorted(layers)}")
+            raise SettingError(f"a layer may be in one span only, got {sorted(layers)}")
         object.__setattr__(self, "codes", codes)
 
     def find(self, fingerprint: str) -> SpanCode:
@@ -206,51 +215,62 @@ def _forward(code: SpanCode, xp: Namespace, where: Any) -> _Forward:
 
 def _encode_rows(tables: _Forward, rows: Array) -> tuple[HostArray, HostArray]:
     """Words of rows, and how many each has."""
-    xp, code = array_namespace(rows), tables.code
-    z = (rows - tables.mean) * tables.scale
+    xp, code, back = array_namespace(rows), tables.code, tables.backward
+    z = (xp.clip(rows, -_CLIPPED, _CLIPPED) - tables.mean) * tables.scale
+    huge = ~xp.all(xp.abs(z) < _LARGEST, axis=1)
+    z = xp.where(huge[:, None], 0.0, z)
     # The basis is orthonormal, to the precision of its whole numbers.
-    y = xp.clip(z @ xp.matrix_transpose(tables.backward.matrix), -_LARGEST, _LARGEST)
+    y = z @ xp.matrix_transpose(back.matrix)
     magnitude = xp.floor(xp.abs(y) + (1 - tables.thresholds))
     q = xp.where(y < 0, -magnitude, magnitude)
-    restored = _magnitudes(q, tables.backward.centres)
-    missed = y - restored
-    error = xp.vecdot(z, z) - xp.vecdot(y, y) + xp.vecdot(missed, missed)
-    host = to_host(astype(q, "int32")).T
-    far = np.flatnonzero(to_host(error) > code.limit[0])
-    coder = Encoder(rows.shape[0])
-    is_far = np.zeros(rows.shape[0], bool)
-    is_far[far] = True
-    coder.push(*_flag(is_far))
-    code.model.push(coder, np.ascontiguousarray(host), code.classes)
+    restored = _magnitudes(q, back.centres)
+    missed, power = y - restored, xp.vecdot(y, y)
+    error = xp.vecdot(z, z) - power + xp.vecdot(missed, missed)
+    mode = np.where(to_host(huge), _RAW, _PLAIN)
+    near = np.flatnonzero(to_host(error + _OBLIQUE * power) > code.limit[0])
+    tail: dict[int, HostArray] = {}
+    if near.size:
+        index = xp.asarray(near, device=device(rows))
+        rest = xp.take(z, index, axis=0) - xp.take(restored, index, axis=0) @ back.matrix
+        far = np.flatnonzero(to_host(xp.vecdot(rest, rest)) > code.limit[0])
+        rest = xp.take(rest, xp.asarray(far, device=device(rows)), axis=0)
+        words = _rest_words(code, xp.round(rest * REST_STEPS))
+        tail = dict(zip(near[far].tolist(), words, strict=True))
+        for row, more in tail.items():
+            mode[row] = _RAW if more.size > 2 * code.span.width else _REST
+    raw = np.flatnonzero(mode == _RAW)
+    host = np.ascontiguousarray(to_host(astype(q, "int32")).T)
+    if raw.size:
+        host[:, raw] = 0
+        kept = to_host(xp.take(rows, xp.asarray(raw, device=device(rows)), axis=0))
+        tail |= dict(zip(raw.tolist(), kept.astype("<f4").view("<u2"), strict=True))
+    coder = Encoder(len(mode))
+    coder.push(_STARTS[mode], _FREQUENCIES[mode])
+    code.model.push(coder, host, code.classes)
+    return _append(*coder.finish(), tail)
+
+
+def _rest_words(code: SpanCode, rest: Array) -> list[HostArray]:
+    """Words of what coefficients leave of rows."""
+    if not rest.shape[0]:
+        return []
+    q = np.ascontiguousarray(to_host(astype(rest, "int32")).T)
+    coder = Encoder(q.shape[1])
+    code.model.push(coder, q, code.residual_classes)
     words, lengths = coder.finish()
-    if not far.size:
-        return words, lengths
-    index = xp.asarray(far, device=device(rows))
-    rest = xp.take(z, index, axis=0) - xp.take(restored, index, axis=0) @ tables.backward.matrix
-    rest = xp.round(xp.clip(rest, -_LARGEST, _LARGEST))
-    return _append(words, lengths, far, _rest_words(code, to_host(astype(rest, "int32"))))
-
-
-def _rest_words(code: SpanCode, q: HostArray) -> tuple[HostArray, HostArray]:
-    coder = Encoder(len(q))
-    code.model.push(coder, np.ascontiguousarray(q.T), code.residual_classes)
-    return coder.finish()
+    return np.split(words, np.cumsum(lengths)[:-1])
 
 
 def _append(
-    words: HostArray, lengths: HostArray, lanes: HostArray, more: tuple[HostArray, HostArray]
+    words: HostArray, lengths: HostArray, tail: Mapping[int, HostArray]
 ) -> tuple[HostArray, HostArray]:
     """Put more words behind those of some lanes."""
+    if not tail:
+        return words, lengths
     pieces = np.split(words, np.cumsum(lengths)[:-1])
-    for lane, extra in zip(lanes, np.split(more[0], np.cumsum(more[1])[:-1]), strict=True):
-        pieces[lane] = np.concatenate([pieces[lane], extra])
+    for lane, more in tail.items():
+        pieces[lane] = np.concatenate([pieces[lane], more])
     return np.concatenate(pieces), np.array([len(piece) for piece in pieces])
-
-
-def _flag(is_far: HostArray) -> tuple[HostArray, HostArray]:
-    """Interval of whether the rest of a token is coded too."""
-    start = np.where(is_far, TOTAL - _RARE, 0)
-    return start, np.where(is_far, _RARE, TOTAL - _RARE)
 
 
 def _decode_rows(
@@ -258,30 +278,39 @@ def _decode_rows(
 ) -> list[Array]:
     """Rows of the next tokens of a decoder, for each of the columns."""
     code, like = tables.code, tables.matrix
-    xp, where = array_namespace(like), device(like)
+    xp, where, width = array_namespace(like), device(like), tables.code.span.width
     slot = coder.slot()
-    is_far = slot >= TOTAL - _RARE
-    start, frequency = (x.astype(np.uint32) for x in _flag(is_far))
-    coder.take(start, frequency, slot)
+    mode = np.searchsorted(_STARTS, slot, side="right") - 1
+    coder.take(_STARTS[mode].astype(np.uint32), _FREQUENCIES[mode].astype(np.uint32), slot)
     q = code.model.pull(coder, code.classes, count)
-    far = np.flatnonzero(is_far)
-    resumed = coder.resume(far)
-    used = int(np.max(np.flatnonzero(q.any(axis=1)), initial=0)) + 1
-    restored = _magnitudes(
-        xp.asarray(np.ascontiguousarray(q.T).astype(np.float32), device=where), tables.centres
-    )[:, :used]
-    rest = None
+    special = np.flatnonzero(mode)
+    tail = coder.finish(special)
+    used = int(np.max(np.flatnonzero(q.any(axis=1)), initial=-1)) + 1
+    host = np.ascontiguousarray(q[:used].T).astype(np.float32)
+    centres = tables.centres[0][:used], tables.centres[1][:used]
+    restored = _magnitudes(xp.asarray(host, device=where), centres)
+    more, kept = np.zeros((2, *((count, width) if special.size else (0, 0))), np.float32)
+    far = special[mode[special] == _REST]
     if far.size:
-        host = np.zeros((count, code.span.width), np.float32)
-        host[far] = code.model.pull(resumed, code.residual_classes, far.size).T
-        resumed.resume(np.zeros(0, np.int64))
-        rest = xp.asarray(host, device=where)
+        pieces = [words for row, words in zip(special, tail, strict=True) if mode[row] == _REST]
+        rest = Decoder(np.concatenate(pieces), np.array([len(piece) for piece in pieces]))
+        more[far] = code.model.pull(rest, code.residual_classes, far.size).T / REST_STEPS
+        rest.finish()
+    for row, words in zip(special, tail, strict=True):
+        if mode[row] == _RAW:
+            if words.size != 2 * width:
+                raise CodingError(f"a row has {words.size} words, not {2 * width}: damaged?")
+            kept[row] = np.ascontiguousarray(words).view("<f4")
     parts = []
     for cut in columns:
         z = restored @ tables.matrix[:used, cut]
-        if rest is not None:
-            z = z + rest[:, cut]
-        parts.append(z * tables.step[cut] + tables.mean[cut])
+        if special.size:
+            z = z + xp.asarray(more[:, cut], device=where)
+        x = z * tables.step[cut] + tables.mean[cut]
+        if special.size:
+            is_raw = xp.asarray((mode == _RAW)[:, None], device=where)
+            x = xp.where(is_raw, xp.asarray(kept[:, cut], device=where), x)
+        parts.append(x)
     return parts
 
 
