@@ -37,6 +37,7 @@ from kvcompress.methods import (
 from kvcompress.plan import Plan, plan
 from kvcompress.rope import RoPE
 from kvcompress.span import Span, SpanLayer
+from kvcompress.span_calibration import SpanCalibration, spans_of
 from kvcompress.span_code import SpanCode
 from kvcompress.span_statistics import SpanStatistics
 from kvcompress.span_training import span_basis, train_span
@@ -75,6 +76,7 @@ __all__ = [
     "SettingError",
     "ShapeError",
     "Span",
+    "SpanCalibration",
     "SpanCode",
     "SpanLayer",
     "SpanStatistics",
@@ -88,5 +90,6 @@ __all__ = [
     "__version__",
     "plan",
     "span_basis",
+    "spans_of",
     "train_span",
 ]

@@ -14,7 +14,7 @@ from kvcompress.coefficient_model import CoefficientModel
 from kvcompress.errors import CalibrationError, KVCompressError
 from kvcompress.layer_statistics import HostArray, digest
 from kvcompress.span import Span
-from kvcompress.span_files import load_arrays, span_from_dict, span_to_dict
+from kvcompress.span_files import load_arrays, save_arrays, span_from_dict, span_to_dict
 
 FORMAT = "kvcompress.span-code.1"
 
@@ -117,11 +117,8 @@ class SpanCode:
 
     def save(self, path: str | PathLike[str], /) -> None:
         """Write a safetensors file."""
-        from safetensors.numpy import save_file
-
-        arrays = {name: np.ascontiguousarray(x) for name, x in self.arrays.items()}
         facts = {"span": span_to_dict(self.span), "bits": self.bits}
-        save_file(arrays, path, {"format": FORMAT, "code": json.dumps(facts)})
+        save_arrays(self.arrays, path, FORMAT, facts)
 
     @classmethod
     def load(cls, path: str | PathLike[str], /) -> SpanCode:
@@ -132,9 +129,8 @@ class SpanCode:
         CalibrationError
             If it is no such file.
         """
-        arrays, metadata = load_arrays(path, FORMAT)
+        arrays, facts = load_arrays(path, FORMAT)
         try:
-            facts = json.loads(metadata["code"])
             return cls(span_from_dict(facts["span"]), facts["bits"], **arrays)
         except (KVCompressError, KeyError, ValueError, TypeError) as error:
             raise CalibrationError(f"{path} holds no code of a span: {error}") from error

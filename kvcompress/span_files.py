@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike
 from typing import Any
+
+import numpy as np
 
 from kvcompress import rope_scaling
 from kvcompress.errors import CalibrationError
@@ -26,29 +29,40 @@ def span_from_dict(values: Mapping[str, Any]) -> Span:
     return Span(tuple(values["layers"]), shapes)
 
 
+def save_arrays(
+    arrays: Mapping[str, HostArray], path: str | PathLike[str], form: str, facts: Mapping[str, Any]
+) -> None:
+    """Write a safetensors file of a format, with what JSON can hold beside the arrays."""
+    from safetensors.numpy import save_file
+
+    contiguous = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
+    save_file(contiguous, path, {"format": form, "facts": json.dumps(facts)})
+
+
 def load_arrays(
-    path: str | PathLike[str], expected: str
-) -> tuple[dict[str, HostArray], Mapping[str, str]]:
-    """Arrays and metadata of a safetensors file of the format `expected`.
+    path: str | PathLike[str], form: str
+) -> tuple[dict[str, HostArray], dict[str, Any]]:
+    """Undo `save_arrays`: arrays and facts.
 
     Raises
     ------
     CalibrationError
-        If it is no such file.
+        If it is no file of that format.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != expected:
+            if metadata.get("format") != form:
                 raise CalibrationError(
-                    f"{path} has format {metadata.get('format')!r}, expected {expected!r}"
+                    f"{path} has format {metadata.get('format')!r}, expected {form!r}"
                 )
             names = list(file.keys())
-            return {name: file.get_tensor(name) for name in names}, metadata
-    except SafetensorError as error:
-        raise CalibrationError(f"{path} is no safetensors file: {error}") from error
+            facts = json.loads(metadata.get("facts", "null"))
+            return {name: file.get_tensor(name) for name in names}, facts
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise CalibrationError(f"{path} is damaged, or no safetensors file: {error}") from error
 
 
 def _layer_to_dict(shape: SpanLayer) -> dict[str, Any]:

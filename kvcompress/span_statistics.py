@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -12,7 +10,6 @@ import numpy as np
 from kvcompress._namespace import Array, to_host
 from kvcompress.errors import (
     CalibrationError,
-    KVCompressError,
     NonFiniteError,
     ShapeError,
     check_integer,
@@ -20,12 +17,13 @@ from kvcompress.errors import (
 from kvcompress.layer_statistics import HostArray, digest
 from kvcompress.rope import RoPE
 from kvcompress.span import Span
-from kvcompress.span_files import load_arrays, span_from_dict, span_to_dict
-
-FORMAT = "kvcompress.span-statistics.1"
+from kvcompress.span_files import span_from_dict, span_to_dict
 
 _LEAST = 256
 """Tokens without which there is nothing to train on."""
+
+ROWS = 512
+"""Tokens kept to train tables on, where nothing else is said: a million coefficients."""
 
 _BLOCK = 1024
 """Tokens whose rows are held in float32 at a time."""
@@ -45,26 +43,20 @@ class SpanStatistics:
         First tokens of every sequence left out: see `Calibration`.
     seed : int
         Of the choice of rows.
-
-    Attributes
-    ----------
-    provenance : dict
-        What the tokens are from, whatever JSON can hold.
     """
 
-    def __init__(self, span: Span, *, rows: int = 4096, skip: int = 4, seed: int = 0) -> None:
+    def __init__(self, span: Span, *, rows: int = ROWS, skip: int = 4, seed: int = 0) -> None:
         check_integer("rows", rows, 256)
         check_integer("skip", skip, 0)
         check_integer("seed", seed, 0)
         self.span, self.rows, self.skip, self.seed = span, rows, skip, seed
-        self.provenance: dict[str, Any] = {}
         width = span.width
         self.tokens = 0
         self._shift = np.zeros(width, np.float32)  # about the mean: float32 sums stay exact enough
         self._sum = np.zeros(width, np.float64)
         self._moment = np.zeros((width, width), np.float32)
         self._queries = 0
-        self._query_moment = [np.zeros((s.heads, s.key_dim), np.float64) for s in span.shapes]
+        self._query_moment = [np.zeros((s.heads, s.key_dim)) for s in span.shapes]
         self._tags = np.zeros(0)
         self._rows = np.zeros((0, width), np.float16)
 
@@ -154,49 +146,11 @@ class SpanStatistics:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over all statistics, in hexadecimal."""
-        return digest(self._arrays())
+        return digest(self.arrays)
 
-    def save(self, path: str | PathLike[str], /) -> None:
-        """Write a safetensors file."""
-        from safetensors.numpy import save_file
-
-        settings = {"rows": self.rows, "skip": self.skip, "seed": self.seed}
-        facts = {
-            "span": span_to_dict(self.span),
-            "settings": settings,
-            "tokens": self.tokens,
-            "queries": self._queries,
-            "provenance": self.provenance,
-        }
-        metadata = {name: json.dumps(value) for name, value in facts.items()}
-        save_file(self._arrays(), path, {"format": FORMAT, **metadata})
-
-    @classmethod
-    def load(cls, path: str | PathLike[str], /) -> SpanStatistics:
-        """Read a file that `save` wrote.
-
-        Raises
-        ------
-        CalibrationError
-            If it is no such file.
-        """
-        arrays, metadata = load_arrays(path, FORMAT)
-        try:
-            facts = {name: json.loads(x) for name, x in metadata.items() if name != "format"}
-            statistics = cls(span_from_dict(facts["span"]), **facts["settings"])
-            statistics.tokens, statistics._queries = facts["tokens"], facts["queries"]
-            statistics.provenance = facts["provenance"]
-            for name, known in statistics._arrays().items():
-                if name in ("tags", "rows"):
-                    continue
-                if arrays[name].shape != known.shape:
-                    raise CalibrationError(f"{path} has {name} of shape {arrays[name].shape}")
-            statistics._restore(arrays)
-        except (KVCompressError, KeyError, ValueError, TypeError) as error:
-            raise CalibrationError(f"{path} holds no statistics of a span: {error}") from error
-        return statistics
-
-    def _arrays(self) -> dict[str, HostArray]:
+    @property
+    def arrays(self) -> Mapping[str, HostArray]:
+        """Every array held, by name."""
         queries = {f"query_moment.{i}": x for i, x in enumerate(self._query_moment)}
         return {
             "shift": self._shift,
@@ -207,11 +161,38 @@ class SpanStatistics:
             **queries,
         }
 
-    def _restore(self, arrays: Mapping[str, HostArray]) -> None:
-        self._shift, self._sum, self._moment, self._tags, self._rows = (
-            arrays[name] for name in ("shift", "sum", "moment", "tags", "rows")
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """All that is no array, as JSON can carry it."""
+        return {
+            "span": span_to_dict(self.span),
+            "settings": {"rows": self.rows, "skip": self.skip, "seed": self.seed},
+            "tokens": self.tokens,
+            "queries": self._queries,
+        }
+
+    @classmethod
+    def of(cls, facts: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> SpanStatistics:
+        """Undo `arrays` and `facts`.
+
+        Raises
+        ------
+        CalibrationError
+            If they do not fit each other; or what Python raises at what is missing.
+        """
+        statistics = cls(span_from_dict(facts["span"]), **facts["settings"])
+        for name, known in statistics.arrays.items():
+            shape = arrays[name].shape
+            if name not in ("tags", "rows") and shape != known.shape:
+                raise CalibrationError(f"{name} has shape {shape}, expected {known.shape}")
+        statistics.tokens, statistics._queries = facts["tokens"], facts["queries"]
+        statistics._shift, statistics._sum, statistics._moment = (
+            arrays[name] for name in ("shift", "sum", "moment")
         )
-        self._query_moment = [arrays[f"query_moment.{i}"] for i in range(len(self._query_moment))]
+        statistics._tags, statistics._rows = arrays["tags"], arrays["rows"]
+        count = len(statistics._query_moment)
+        statistics._query_moment = [arrays[f"query_moment.{i}"] for i in range(count)]
+        return statistics
 
     def _add(self, block: HostArray) -> None:
         if not self.tokens:

@@ -29,9 +29,6 @@ LIMIT = 4.0
 TOLERANCE = 0.01
 """How far the bits of a code may be from those asked for, as a binary logarithm."""
 
-_ROWS = 512
-"""Rows that tables are trained on: a million coefficients."""
-
 
 @dataclass(frozen=True, eq=False)
 class SpanBasis:
@@ -130,7 +127,7 @@ def train_span(
         raise SettingError(f"bits must be above 0 and below 16, got {bits!r}")
     if basis is None:
         basis = span_basis(statistics, components=math.ceil(span.width * SHARE))
-    rows = (statistics.sample[:_ROWS].astype(np.float32) - basis.mean) * basis.scale
+    rows = (statistics.sample.astype(np.float32) - basis.mean) * basis.scale
     coefficients = rows @ basis.vectors
     target = bits * span.num_values * len(rows)
     logarithm = _first_guess(basis.variances, bits * span.num_values)

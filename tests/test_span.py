@@ -21,6 +21,7 @@ from kvcompress import (
     SettingError,
     ShapeError,
     Span,
+    SpanCalibration,
     SpanCode,
     SpanLayer,
     SpanStatistics,
@@ -29,6 +30,8 @@ from kvcompress import (
     train_span,
 )
 from kvcompress.methods.span_transform import BLOCK, largest_nbytes
+from kvcompress.rope_scaling import DynamicScaling, LongRopeScaling, YarnScaling
+from kvcompress.span_calibration import spans_of
 
 LAYERS, HEADS, DIM, VALUE_DIM = 3, 2, 8, 6
 SPAN = Span(
@@ -273,21 +276,49 @@ def test_layer_by_layer():
     np.testing.assert_array_equal(restored[1][0], v[:, :, 3:9])
 
 
-def test_files(tmp_path, statistics, code):
-    statistics.save(tmp_path / "s")
-    again = SpanStatistics.load(tmp_path / "s")
-    assert again.fingerprint == statistics.fingerprint
-    assert train_span(again, 1.5) == code
-    again.update(*make(50, 77))
-    assert again.tokens == statistics.tokens + 50
+def test_files(tmp_path, code):
     code.save(tmp_path / "c")
     assert SpanCode.load(tmp_path / "c") == code == pickle.loads(pickle.dumps(code))
-    for load in (SpanStatistics.load, SpanCode.load):
+    calibration = SpanCalibration((SPAN,), rows=256, skip=0)
+    calibration.update({i: (k, v, k) for i, (k, v) in enumerate(zip(*make(400, 0), strict=True))})
+    calibration.provenance = {"text": "x"}
+    calibration.save(tmp_path / "s")
+    again = SpanCalibration.load(tmp_path / "s")
+    assert again.fingerprint == calibration.fingerprint
+    assert again.provenance == calibration.provenance
+    assert again.train(1.5).codes == calibration.train(1.5).codes
+    for known in (again, calibration):
+        known.update({i: (k, v, k) for i, (k, v) in enumerate(zip(*make(50, 1), strict=True))})
+    assert again.tokens == 450
+    assert again.fingerprint == calibration.fingerprint
+    with pytest.raises(UnknownLayer):
+        again.update({})
+    for load in (SpanCalibration.load, SpanCode.load):
         (tmp_path / "bad").write_bytes(b"no")
         with pytest.raises(CalibrationError):
             load(tmp_path / "bad")
     with pytest.raises(CalibrationError, match="format"):
         SpanCode.load(tmp_path / "s")
+
+
+def test_files_of_ropes(tmp_path, code):
+    """Every scaling of RoPE comes back from a file."""
+    long = LongRopeScaling((1.0, 2.0), (3.0, 4.0), 64)
+    ropes = [RoPE(4, scaling=s) for s in (YarnScaling(4.0, 64), DynamicScaling(2.0, 64), long)]
+    span = Span((0, 1, 2), tuple(SpanLayer(1, 4, 2, rope) for rope in ropes))
+    replace(code, span=span).save(tmp_path / "c")
+    assert SpanCode.load(tmp_path / "c").span == span
+
+
+def test_spans_of_a_model():
+    """Layers with other windows hold other tokens; what is too wide is cut evenly."""
+    shape = SpanLayer(2, 4, 4)
+    layers = {i: (shape, 8 if i % 3 else None) for i in range(9)}
+    assert [s.layers for s in spans_of(layers)] == [(0, 3, 6), (1, 2, 4, 5, 7, 8)]
+    cut = spans_of(layers, max_width=4 * shape.width)
+    assert [s.layers for s in cut] == [(0, 3, 6), (1, 2, 4), (5, 7, 8)]
+    with pytest.raises(SettingError, match="max_width"):
+        spans_of(layers, max_width=17)
 
 
 def test_other_codes_are_refused(statistics, code):
