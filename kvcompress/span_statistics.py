@@ -25,6 +25,9 @@ _LEAST = 256
 ROWS = 512
 """Tokens kept to train tables on, where nothing else is said: a million coefficients."""
 
+_ENOUGH = 4
+"""Tokens over those of the sample from which the sample is held out."""
+
 _BLOCK = 1024
 """Tokens whose rows are held in float32 at a time."""
 
@@ -105,18 +108,28 @@ class SpanStatistics:
 
     @property
     def mean(self) -> HostArray:
-        """Mean row, float64."""
-        self._require()
-        return self._shift + self._sum / self.tokens
+        """Mean row, float64, without the `sample`."""
+        away, count = self._held_out()
+        return self._shift + (self._sum - away.sum(0, dtype=np.float64)) / count
 
     def covariance(self) -> HostArray:
-        """Covariance of the rows, float32; a copy."""
-        self._require()
-        away = (self._sum / self.tokens).astype(np.float32)
-        covariance: HostArray = self._moment / np.float32(self.tokens)
-        for i in range(0, away.size, _BLOCK):
-            covariance[i : i + _BLOCK] -= away[i : i + _BLOCK, None] * away
+        """Covariance of the rows, float32, without the `sample`; a copy.
+
+        What is trained on the sample would otherwise take the basis for better than it is.
+        """
+        away, count = self._held_out()
+        mean = ((self._sum - away.sum(0, dtype=np.float64)) / count).astype(np.float32)
+        covariance: HostArray = self._moment - away.T @ away
+        covariance /= np.float32(count)
+        for i in range(0, mean.size, _BLOCK):
+            covariance[i : i + _BLOCK] -= mean[i : i + _BLOCK, None] * mean
         return covariance
+
+    def _held_out(self) -> tuple[HostArray, int]:
+        """The sample, less the shift, and the number of other tokens; none if those are few."""
+        self._require()
+        held = self._rows if self.tokens >= _ENOUGH * len(self._rows) else self._rows[:0]
+        return held.astype(np.float32) - self._shift, self.tokens - len(held)
 
     @property
     def sample(self) -> HostArray:

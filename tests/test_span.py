@@ -389,9 +389,12 @@ def test_statistics_are_those_of_the_rows():
     statistics = SpanStatistics(SPAN, rows=300, skip=5)
     statistics.update(keys, values, queries)
     rows = SPAN.join([k[:, :, 5:] for k in keys], [v[:, :, 5:] for v in values], np.arange(5, 700))
-    np.testing.assert_allclose(statistics.mean, rows.mean(0), atol=1e-4)
+    sample = {row.tobytes() for row in statistics.sample}
+    others = np.array([row for row in rows if row.astype("float16").tobytes() not in sample])
+    assert len(others) == 2 * 695 - 300
+    np.testing.assert_allclose(statistics.mean, others.mean(0), atol=1e-3)
     np.testing.assert_allclose(
-        statistics.covariance(), np.cov(rows.T, bias=True), rtol=1e-2, atol=1e-3
+        statistics.covariance(), np.cov(others.T, bias=True), rtol=1e-2, atol=2e-3
     )
     power = (queries[0].astype("float64") ** 2).mean((0, 2)).reshape(HEADS, 3, DIM).mean(1)
     power = (power[:, : DIM // 2] + power[:, DIM // 2 :]) / 2
