@@ -110,7 +110,8 @@ class SpanStatistics:
     def mean(self) -> HostArray:
         """Mean row, float64, without the `sample`."""
         away, count = self._held_out()
-        return self._shift + (self._sum - away.sum(0, dtype=np.float64)) / count
+        mean: HostArray = self._shift + (self._sum - away.sum(0, dtype=np.float64)) / count
+        return mean
 
     def covariance(self) -> HostArray:
         """Covariance of the rows, float32, without the `sample`; a copy.

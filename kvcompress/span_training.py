@@ -10,14 +10,14 @@ import numpy as np
 from kvcompress.coefficient_model import CLASSES, CoefficientModel, classes_of, fit
 from kvcompress.errors import SettingError
 from kvcompress.layer_statistics import HostArray
-from kvcompress.span_code import REST_STEPS, SpanCode
+from kvcompress.span_code import REST_STEPS, SpanCode, store_basis
 from kvcompress.span_statistics import SpanStatistics
 
 LAGRANGE = 0.06
 """Squared error, in steps, that a bit is worth: of the entropy-coded uniform quantizer at high rate
 it is ``ln(2) / 6``; half of it, because thresholds lie in the middle."""
 
-SHARE = 0.35
+SHARE = 0.5
 """Components of a basis over the width of the span, where nothing else is said."""
 
 LEAST = 0.2
@@ -205,10 +205,6 @@ def _code(
 ) -> SpanCode:
     used, (classes, q, y) = len(trial.classes), (trial.classes, trial.q, trial.y)
     vectors = basis.vectors[:, :used].T
-    largest = np.maximum(np.max(np.abs(vectors), axis=1, keepdims=True), 1e-30)
-    integers = np.rint(vectors * (127 / largest)).astype(np.int8)
-    # Rows of whole numbers have other norms than those they stand for.
-    norms = np.linalg.norm(integers.astype(np.float32), axis=1)
     centres = _centres(q, y, classes)
     scale = basis.scale / np.float32(trial.step)
     restored = restore_magnitudes(q, classes, centres)
@@ -220,8 +216,7 @@ def _code(
         bits=bits,
         mean=basis.mean,
         scale=scale,
-        basis=integers,
-        basis_scale=(1 / norms).astype(np.float32),
+        **store_basis(vectors, np.sqrt(basis.variances[:used]) / trial.step),
         classes=classes,
         residual_classes=classes_of(REST_STEPS * sizes),
         limit=np.asarray([LIMIT * error], np.float32),

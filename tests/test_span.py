@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -32,6 +32,7 @@ from kvcompress import (
 from kvcompress.methods.span_transform import BLOCK, largest_nbytes
 from kvcompress.rope_scaling import DynamicScaling, LongRopeScaling, YarnScaling
 from kvcompress.span_calibration import spans_of
+from kvcompress.span_code import store_basis
 
 LAYERS, HEADS, DIM, VALUE_DIM = 3, 2, 8, 6
 SPAN = Span(
@@ -319,6 +320,25 @@ def test_spans_of_a_model():
     assert [s.layers for s in cut] == [(0, 3, 6), (1, 2, 4), (5, 7, 8)]
     with pytest.raises(SettingError, match="max_width"):
         spans_of(layers, max_width=17)
+
+
+@given(st.integers(1, 30), st.integers(0, 12), st.integers(0, 2**32 - 1))
+def test_stored_bases(width, components, seed):
+    """Half floats, bytes and nibbles are as close as they promise; rows keep their norms."""
+    rng = np.random.default_rng(seed)
+    components = min(components, width)
+    vectors = np.linalg.qr(rng.standard_normal((width, width)))[0][:components].astype("float32")
+    sizes = np.sort(np.exp(2 * rng.standard_normal(components)))[::-1]
+    span = Span((0,), (SpanLayer(1, width, 1),))
+    vectors = np.concatenate([vectors, np.zeros((components, 2), "float32")], axis=1)
+    known = store_basis(vectors, sizes)
+    others = [f.name for f in fields(SpanCode) if not f.name.startswith("basis")][2:]
+    code = SpanCode(span, 1.0, **dict.fromkeys(others, np.zeros(1)), **known)
+    assert code.components == components
+    error = np.linalg.norm(code.backward - vectors, axis=1)
+    limit = np.where(sizes >= 8, 2e-3, np.where(sizes >= 1, 0.02 * width**0.5, 0.8))
+    assert np.all(error < limit)
+    np.testing.assert_allclose(np.linalg.norm(code.backward, axis=1), 1, rtol=1e-3)
 
 
 def test_other_codes_are_refused(statistics, code):

@@ -175,6 +175,7 @@ class _Forward:
     code: SpanCode
     mean: Array
     scale: Array
+    matrix: Array
     thresholds: Array
     backward: _Backward
 
@@ -208,6 +209,7 @@ def _forward(code: SpanCode, xp: Namespace, where: Any) -> _Forward:
         code,
         move(code.mean),
         move(code.scale),
+        move(code.forward),
         move(code.rounding[code.classes]),
         _backward(code, xp, where),
     )
@@ -219,8 +221,7 @@ def _encode_rows(tables: _Forward, rows: Array) -> tuple[HostArray, HostArray]:
     z = (xp.clip(rows, -_CLIPPED, _CLIPPED) - tables.mean) * tables.scale
     huge = ~xp.all(xp.abs(z) < _LARGEST, axis=1)
     z = xp.where(huge[:, None], 0.0, z)
-    # The basis is orthonormal, to the precision of its whole numbers.
-    y = z @ xp.matrix_transpose(back.matrix)
+    y = z @ tables.matrix
     magnitude = xp.floor(xp.abs(y) + (1 - tables.thresholds))
     q = xp.where(y < 0, -magnitude, magnitude)
     restored = _magnitudes(q, back.centres)
