@@ -3,11 +3,13 @@
 from kvcompress.caches import MlaCompressedKVCache, MultiHeadLatentAttention, PagedKVCache
 from kvcompress.calibration import Calibration
 from kvcompress.compressed import CompressedKV, CompressedTensor, KVLayout
+from kvcompress.compressed_cache import CompressedCache, CompressedSpan
 from kvcompress.compressor import KVCacheCompressor
 from kvcompress.errors import (
     BackendError,
     BackendWarning,
     CalibrationError,
+    CodingError,
     DTypeError,
     KVCompressError,
     LayoutError,
@@ -27,12 +29,18 @@ from kvcompress.methods import (
     LowRank,
     Method,
     RotatedQuantization,
+    SpanTransform,
     TensorSpec,
     TransformCoding,
     VectorQuantization,
 )
 from kvcompress.plan import Plan, plan
 from kvcompress.rope import RoPE
+from kvcompress.span import Span, SpanLayer
+from kvcompress.span_calibration import SpanCalibration, spans_of
+from kvcompress.span_code import SpanCode
+from kvcompress.span_statistics import SpanStatistics
+from kvcompress.span_training import span_basis, train_span
 
 __version__ = "0.1.0"
 
@@ -41,7 +49,10 @@ __all__ = [
     "BackendWarning",
     "Calibration",
     "CalibrationError",
+    "CodingError",
+    "CompressedCache",
     "CompressedKV",
+    "CompressedSpan",
     "CompressedTensor",
     "DTypeError",
     "GroupQuantization",
@@ -64,6 +75,12 @@ __all__ = [
     "SequenceExists",
     "SettingError",
     "ShapeError",
+    "Span",
+    "SpanCalibration",
+    "SpanCode",
+    "SpanLayer",
+    "SpanStatistics",
+    "SpanTransform",
     "TensorSpec",
     "TransformCoding",
     "UnknownLayer",
@@ -72,4 +89,7 @@ __all__ = [
     "VectorQuantization",
     "__version__",
     "plan",
+    "span_basis",
+    "spans_of",
+    "train_span",
 ]

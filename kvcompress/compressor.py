@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -19,17 +20,22 @@ from kvcompress._namespace import (
 )
 from kvcompress.backend import Ops, select
 from kvcompress.compressed import CompressedKV, CompressedTensor, KVLayout
+from kvcompress.compressed_cache import CompressedCache
 from kvcompress.errors import (
+    CalibrationError,
     DTypeError,
     LayoutError,
     NamespaceError,
     NonFiniteError,
     SettingError,
     ShapeError,
+    UnknownLayer,
     check_integer,
 )
 from kvcompress.methods.base import Method, Role, TensorSpec
+from kvcompress.methods.span_transform import SpanTransform
 from kvcompress.ops.bounds import within
+from kvcompress.whole_cache import compress_span, decompress_span, positions_of
 
 LARGEST = 2.0**120
 """Largest magnitude accepted: what is computed from such still fits float32."""
@@ -65,8 +71,9 @@ class KVCacheCompressor:
 
     Parameters
     ----------
-    method : Method
-        How keys are compressed, and values where `value_method` is None.
+    method : Method or SpanTransform
+        How keys are compressed, and values where `value_method` is None. A `SpanTransform` does
+        both, of many layers: see `compress_cache`.
     quant_bits : {2, 3, 4, 8}
         Bits of a code for methods that do not set their own.
     value_method : Method, optional
@@ -87,7 +94,7 @@ class KVCacheCompressor:
         If a setting is out of range.
     """
 
-    method: Method
+    method: Method | SpanTransform
     quant_bits: int = 8
     _: KW_ONLY
     value_method: Method | None = None
@@ -99,6 +106,8 @@ class KVCacheCompressor:
     def __post_init__(self) -> None:
         for name in ("method", "value_method"):
             value = getattr(self, name)
+            if isinstance(value, SpanTransform) and name == "method" and not self.value_method:
+                continue
             if not isinstance(value, Method) and (name, value) != ("value_method", None):
                 raise SettingError(
                     f"{name} must be a Method such as LowRank(rank=32), got {value!r}"
@@ -147,6 +156,128 @@ class KVCacheCompressor:
     def decompress_kv_3d(self, compressed: CompressedKV, /) -> tuple[Array, Array]:
         """Restore keys and values ``[num_heads, seq_len, head_dim]``; see `decompress_kv`."""
         return self._decompress(compressed, KVLayout.UNBATCHED)
+
+    def compress_cache(
+        self,
+        keys: Sequence[Array],
+        values: Sequence[Array],
+        /,
+        *,
+        positions: Array | None = None,
+    ) -> CompressedCache:
+        """Compress the keys and values of all layers of a cache.
+
+        By a `SpanTransform`, layers of a span are compressed together; by other methods, one by
+        one. Layers that no longer hold the first tokens keep no sinks.
+
+        Parameters
+        ----------
+        keys, values : sequences of arrays ``[batch, num_heads, seq_len, head_dim]``
+            One for every layer; of one library, dtype and device. Layers may differ in sizes.
+        positions : integer array ``[seq_len]``, optional
+            Where the tokens stand in the text, which RoPE encodes. If left out, the layers with
+            most tokens hold them from position 0 on, and others the last of them.
+
+        Raises
+        ------
+        NamespaceError, ShapeError, DTypeError, NonFiniteError, SettingError
+            Before anything is computed.
+        """
+        if len(keys) != len(values):
+            raise ShapeError(f"got keys of {len(keys)} layers and values of {len(values)}")
+        for k, v in zip(keys, values, strict=True):
+            array_namespace(k, v)
+            _check_shapes(k, v, KVLayout.BATCHED, 4)
+            _check_dtypes(k, v)
+        places = positions_of([k.shape[2] for k in keys], positions)
+        sinks = [self.sinks if not len(p) or p[0] == 0 else 0 for p in places]
+        if not isinstance(self.method, SpanTransform):
+            parts = [
+                replace(self, sinks=s).compress_kv(k, v)
+                for k, v, s in zip(keys, values, sinks, strict=True)
+            ]
+            return CompressedCache(tuple(parts), tuple((i,) for i in range(len(parts))))
+        known = sorted(layer for code in self.method.codes for layer in code.span.layers)
+        if known != list(range(len(keys))):
+            raise SettingError(f"the spans have layers {known}, got {len(keys)} layers")
+        ops = select(self.backend)
+        ks = [self._finite(k, "keys", ops) for k in keys]
+        vs = [self._finite(v, "values", ops) for v in values]
+        for code in self.method.codes:
+            code.span.check(*([x[i] for i in code.span.layers] for x in (keys, values)))
+        spans = [
+            compress_span(
+                code,
+                [ks[i] for i in code.span.layers],
+                [vs[i] for i in code.span.layers],
+                places[code.span.layers[0]],
+                sinks=sinks[code.span.layers[0]],
+                window=self.window,
+            )
+            for code in self.method.codes
+        ]
+        return CompressedCache(tuple(spans), tuple(code.span.layers for code in self.method.codes))
+
+    def decompress_cache(
+        self,
+        compressed: CompressedCache,
+        /,
+        *,
+        layers: Sequence[int] | None = None,
+        tokens: slice | None = None,
+    ) -> tuple[list[Array], list[Array]]:
+        """Restore keys and values of a cache, or of a part of it.
+
+        Parameters
+        ----------
+        compressed : CompressedCache
+        layers : sequence of int, optional
+            Only these, in this order.
+        tokens : slice, optional
+            Only these of the tokens of each layer, without steps. What a `SpanTransform` coded is
+            decoded for them alone; other methods restore whole layers.
+
+        Returns
+        -------
+        keys, values : lists of arrays ``[batch, num_heads, tokens, head_dim]``
+
+        Raises
+        ------
+        LayoutError
+            If no cache was compressed.
+        UnknownLayer
+            If it has no such layer.
+        CalibrationError
+            If it was compressed with the code of a span that `method` has not.
+        CodingError
+            If what was entropy-coded is damaged.
+        """
+        if not isinstance(compressed, CompressedCache):
+            raise LayoutError(f"expected a CompressedCache, got {type(compressed).__name__}")
+        wanted = range(compressed.num_layers) if layers is None else layers
+        for layer in wanted:
+            if layer not in range(compressed.num_layers):
+                raise UnknownLayer(f"there are {compressed.num_layers} layers, not {layer!r}")
+        cut = slice(None) if tokens is None else tokens
+        if cut.step not in (None, 1):
+            raise SettingError(f"tokens must be a slice without steps, got {cut}")
+        restored: dict[int, tuple[Array, Array]] = {}
+        for part, held in zip(compressed.parts, compressed.layers, strict=True):
+            places = [i for i, layer in enumerate(held) if layer in set(wanted)]
+            if not places:
+                continue
+            if isinstance(part, CompressedKV):
+                k, v = self.decompress_kv(part)
+                restored[held[0]] = k[:, :, cut, :], v[:, :, cut, :]
+                continue
+            if not isinstance(self.method, SpanTransform):
+                raise CalibrationError(
+                    f"this was compressed with the span code {part.fingerprint[:12]}; decompress "
+                    "it with a KVCacheCompressor whose method is a SpanTransform with that code"
+                )
+            pairs = decompress_span(part, self.method.find(part.fingerprint), places, cut)
+            restored |= zip([held[i] for i in places], pairs, strict=True)
+        return [restored[i][0] for i in wanted], [restored[i][1] for i in wanted]
 
     def compress_paged_cache(self, cache: KVCache, seq_id: Any, layer: int = 0) -> CompressedKV:
         """Compress one sequence of one layer of a paged cache, which is left as it is.
@@ -297,6 +428,10 @@ class KVCacheCompressor:
 
     def _method(self, role: Role) -> Method:
         method = self.value_method if role == "values" and self.value_method else self.method
+        if isinstance(method, SpanTransform):
+            raise SettingError(
+                "SpanTransform compresses layers together: use compress_cache and decompress_cache"
+            )
         return method.bind(self.quant_bits)
 
     def _finite(self, x: Array, role: Role, ops: Ops) -> Array:

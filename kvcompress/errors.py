@@ -39,6 +39,10 @@ class CalibrationError(KVCompressError, ValueError):
     """A calibration is missing, too small, not the one asked for, or its file is damaged."""
 
 
+class CodingError(KVCompressError, ValueError):
+    """What was entropy-coded is damaged: it cannot be decoded."""
+
+
 class UnsupportedModel(KVCompressError, TypeError):
     """A model's cache or attention is of a kind that cannot be read or replaced."""
 

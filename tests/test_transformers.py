@@ -29,7 +29,7 @@ from transformers import (
     StaticCache,
 )
 
-from kvcompress import Calibration, ShapeError
+from kvcompress import Calibration, ShapeError, SpanCalibration
 from kvcompress.cli.app import app
 from kvcompress.errors import UnsupportedModel
 from kvcompress.integrations.transformers import (
@@ -461,6 +461,44 @@ def test_evaluate(directory, text, calibration, tmp_path):
         assert row["bits_per_value"] > row["coded_bits_per_value"]  # a bfloat16 has 16
         assert 0 < row["bits_over_bound"] < row["coded_bits_per_value"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", [llama, gemma3], ids=lambda f: f.__name__)
+def test_spans(kind, text, tmp_path):
+    """Layers together, from the texts to the table; sliding windows make spans of their own."""
+    torch.manual_seed(0)
+    model, path = tmp_path / "model", tmp_path / "model.span"
+    kind().save_pretrained(model)
+    make_tokenizer(bos=True).save_pretrained(model)
+    for tokens in (300, 1280):
+        result = run(
+            *("calibrate", model, "--text", text, "-o", path, "--span", "model"),
+            *("--length", 64, "--tokens", tokens),
+        )
+        assert result.exit_code == 0, result.output
+        assert result.stderr == ""
+    known = SpanCalibration.load(path)
+    assert known.tokens == 20 * 60
+    expected = [(0, 1)] if kind is llama else [(0, 2), (1,)]
+    assert [s.span.layers for s in known.statistics] == expected
+    assert all(shape.rope for s in known.statistics for shape in s.span.shapes)
+    lm = load_model(model)
+    k = capture(lm, lm.chunks(text.read_text(), 64)[0])[0][0]
+    assert known.statistics[0].span.shapes[0].heads == k.shape[1]
+    result = run(
+        *("evaluate", model, "--text", text, "--spans", path, *EVALUATE),
+        *("--methods", "SpanTransform", "--bits", "0.5,2,4", "--json"),
+    )
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts["spans"] == known.fingerprint
+    coarse, fine = facts["texts"][0]["results"]
+    assert (coarse["bits"], fine["bits"]) == (0.5, 2)
+    assert fine["kl_mean"] < coarse["kl_mean"] / 2
+    assert coarse["coded_bits_per_value"] + 1 < fine["coded_bits_per_value"]
+    assert "needs --spans" in error(
+        "evaluate", model, "--text", text, *EVALUATE, "--methods", "SpanTransform"
+    )
 
 
 def test_evaluate_table(directory, text):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -17,6 +17,10 @@ from kvcompress.calibration import Calibration
 from kvcompress.cli.console import InputError, progress
 from kvcompress.cli.model import load_model, read_text
 from kvcompress.metrics import HostArray
+from kvcompress.span_calibration import SpanCalibration, spans_of
+
+if TYPE_CHECKING:
+    from kvcompress.integrations.transformers import LanguageModel
 
 SAVE_EVERY = 60.0
 """Seconds of work that an interruption may cost."""
@@ -46,10 +50,26 @@ SAVE_EVERY = 60.0
     show_default=True,
     help="Tokens a layer whose keys and values are kept to train codebooks on.",
 )
+@click.option(
+    "--span",
+    type=click.Choice(["head", "model"]),
+    default="head",
+    show_default=True,
+    help="What is taken together: channels of a head, or all layers that hold the same tokens.",
+)
 def calibrate(
-    model: str, texts: tuple[Path, ...], output: Path, tokens: int, length: int, rows: int
+    model: str,
+    texts: tuple[Path, ...],
+    output: Path,
+    tokens: int,
+    length: int,
+    rows: int,
+    span: str,
 ) -> None:
     """Gather what `TransformCoding` must know of a MODEL, from texts like those to come.
+
+    With --span model, what `SpanTransform` must know: a covariance of everything that the cache
+    holds of a token, of four bytes times the square of these numbers.
 
     MODEL is a directory, a name on the Hugging Face hub, or a .gguf file. Needs the extra hf.
     The result is saved every minute; the same command goes on where it was interrupted, and one
@@ -66,11 +86,23 @@ def calibrate(
         "texts": [hashlib.sha256(content.encode()).hexdigest() for content in contents],
         "length": length,
     }
-    calibration = _start(output, source, rows)
+    calibration: Any
+    if span == "head":
+        calibration = _started(output, {**source, "rows": rows}, Calibration)
+    else:
+        calibration = _started(output, source, SpanCalibration)
+    lm = None
+    if calibration is None:
+        if span == "head":
+            calibration = Calibration(rows=rows)
+        else:
+            lm = load_model(model)
+            calibration = _spans(lm)
+        calibration.provenance = {**source, "sequences": 0}
     count = math.ceil(tokens / length)
     done = calibration.provenance["sequences"]
     if done < count:
-        lm = load_model(model)
+        lm = lm or load_model(model)
         chunks = [lm.chunks(content, length) for content in contents]
         available = sum(map(len, chunks))
         if available < count:
@@ -87,23 +119,29 @@ def calibrate(
     )
 
 
-def _start(output: Path, source: dict[str, Any], rows: int) -> Calibration:
-    """Return the calibration in `output`, if it is of the same source, or an empty one."""
+def _started(
+    output: Path, source: dict[str, Any], kind: type[Calibration | SpanCalibration]
+) -> Calibration | SpanCalibration | None:
+    """Return the calibration in `output`, if there is one, and if it is of the same source."""
     if not output.parent.is_dir():
         raise InputError(f"{output}: no such directory: {output.parent}")
     if not output.exists():
-        calibration = Calibration(rows=rows)
-        calibration.provenance = {**source, "sequences": 0}
-        return calibration
-    calibration = Calibration.load(output)
-    known = {**calibration.provenance, "rows": calibration.rows}
-    for name, value in {**source, "rows": rows}.items():
+        return None
+    calibration = kind.load(output)
+    known = {**calibration.provenance, "rows": getattr(calibration, "rows", None)}
+    for name, value in source.items():
         if known.get(name) != value:
             raise InputError(
                 f"{output} is a calibration with {name} {known.get(name)}, not {value}; "
                 "remove it, or write to another file"
             )
     return calibration
+
+
+def _spans(lm: LanguageModel) -> SpanCalibration:
+    from kvcompress.integrations.transformers import span_layers
+
+    return SpanCalibration(spans_of(span_layers(lm)))
 
 
 def _mixed(texts: Sequence[HostArray]) -> Iterator[HostArray]:
@@ -115,13 +153,22 @@ def _mixed(texts: Sequence[HostArray]) -> Iterator[HostArray]:
                 yield text[place]
 
 
-def _run(lm: Any, sequences: Iterator[HostArray], calibration: Calibration, output: Path) -> None:
+def _run(
+    lm: LanguageModel,
+    sequences: Iterator[HostArray],
+    calibration: Calibration | SpanCalibration,
+    output: Path,
+) -> None:
     from kvcompress.integrations.transformers import capture
 
     saved = time.monotonic()
     for sequence in sequences:
-        for layer, (k, v, q) in capture(lm, sequence).items():
-            calibration.update(layer, k, v, q)
+        captured = capture(lm, sequence)
+        if isinstance(calibration, SpanCalibration):
+            calibration.update(dict(enumerate(captured.values())))
+        else:
+            for layer, (k, v, q) in captured.items():
+                calibration.update(layer, k, v, q)
         calibration.provenance["sequences"] += 1
         if time.monotonic() - saved > SAVE_EVERY:
             _save(calibration, output)
@@ -129,7 +176,7 @@ def _run(lm: Any, sequences: Iterator[HostArray], calibration: Calibration, outp
     _save(calibration, output)
 
 
-def _save(calibration: Calibration, output: Path) -> None:
+def _save(calibration: Calibration | SpanCalibration, output: Path) -> None:
     """Write the file, wholly or not at all."""
     part = output.with_name(f"{output.name}.part")
     try:

@@ -115,7 +115,7 @@ def compare(
     run = LIBRARIES[library]()
     rungs = ladder(x.shape[-1] for layer in layers for x in (layer.k, layer.v))
     compressors = [
-        KVCacheCompressor(method, sinks=sinks, window=window)
+        (method, KVCacheCompressor(method, sinks=sinks, window=window))
         for name in names
         for method in rungs[name]
     ]
@@ -153,15 +153,18 @@ def _names(methods: str | None) -> Sequence[str]:
 
 
 def _results(
-    compressors: Iterable[KVCacheCompressor], layers: Sequence[Layer], library: Library
+    compressors: Iterable[tuple[Method, KVCacheCompressor]],
+    layers: Sequence[Layer],
+    library: Library,
 ) -> Iterator[Result]:
     arrays = [(library.array(_batched(x.k)), library.array(_batched(x.v))) for x in layers]
     outputs = [None if x.q is None else attention(x.q, x.k, x.v) for x in layers]
-    for compressor in compressors:
-        yield _result(compressor, layers, arrays, outputs, library)
+    for method, compressor in compressors:
+        yield _result(method, compressor, layers, arrays, outputs, library)
 
 
 def _result(
+    method: Method,
     compressor: KVCacheCompressor,
     layers: Sequence[Layer],
     arrays: Sequence[tuple[Array, Array]],
@@ -189,7 +192,7 @@ def _result(
     original = sum(c.original_nbytes for c in compressed)
     values = sum(layer.k.size + layer.v.size for layer in layers)
     return Result(
-        method=compressor.method,
+        method=method,
         bits_per_value=8 * nbytes / values,
         ratio=original / nbytes,
         key_relative_mse=fmean(

@@ -13,7 +13,8 @@ from kvcompress.cli.rates import NAMES
 if TYPE_CHECKING:
     from kvcompress.cli.scoring import Report
 
-STYLES = dict(zip(NAMES, (("#CC79A7", "D"), ("#E69F00", "v"), ("#0072B2", "o")), strict=True))
+_LOOKS = ("#CC79A7", "D"), ("#E69F00", "v"), ("#0072B2", "o"), ("#009E73", "s")
+STYLES = dict(zip(NAMES, _LOOKS, strict=True))
 """Colour, of the Okabe-Ito palette, and marker."""
 
 

@@ -20,9 +20,10 @@ from kvcompress.cli.console import InputError, progress, results_table, stdout
 from kvcompress.cli.curve import plot_curves
 from kvcompress.cli.model import load_model, read_text
 from kvcompress.cli.plot import check_plot
-from kvcompress.cli.rates import NAMES, TRANSFORM, compressors, supports
+from kvcompress.cli.rates import NAMES, SPAN, TRANSFORM, compressors, supports
 from kvcompress.cli.scoring import Report, Result, Row, Tally, result, score
 from kvcompress.metrics import HostArray
+from kvcompress.span_calibration import SpanCalibration
 
 HEADINGS = (
     "method",
@@ -62,6 +63,12 @@ of logits and values."""
     metavar="CAL",
     help=f"What kvcompress calibrate wrote, for {TRANSFORM}; without, it uses own moments.",
 )
+@click.option(
+    "--spans",
+    type=click.Path(path_type=Path),
+    metavar="CAL",
+    help=f"What kvcompress calibrate --span model wrote, for {SPAN}.",
+)
 @click.option("--methods", metavar="A,B", help=f"Only these of {', '.join(NAMES)}.")
 @click.option("--bits", default="1,1.5,2,3,4", show_default=True, help="Rates, where a method can.")
 @click.option(
@@ -98,6 +105,7 @@ def evaluate(
     model: str,
     texts: tuple[Path, ...],
     calibration: Path | None,
+    spans: Path | None,
     methods: str | None,
     bits: str,
     prefix: int,
@@ -125,7 +133,14 @@ def evaluate(
         check_plot(plot)
     contents = [read_text(text) for text in texts]
     known = Calibration.load(_existing(calibration)) if calibration else None
+    joint = SpanCalibration.load(_existing(spans)) if spans else None
     names, rates = _names(methods), _rates(bits)
+    if joint is None:
+        if methods is not None and SPAN in names:
+            raise InputError(
+                f"{SPAN} needs --spans, which kvcompress calibrate --span model writes"
+            )
+        names = [name for name in names if name != SPAN]
     settings = [(name, rate) for name in names for rate in rates if supports(name, rate)]
     if not settings:
         raise InputError(f"none of {', '.join(names)} can do any of --bits {bits}")
@@ -135,7 +150,7 @@ def evaluate(
         for content, text in zip(contents, texts, strict=True)
     ]
     rows = [
-        Row(name, rate, compressors(name, rate, known, sinks=sinks, window=window))
+        Row(name, rate, compressors(name, rate, known, joint, sinks=sinks, window=window))
         for name, rate in progress(settings, len(settings), "training")
     ]
     reports, total = [], len(texts) * sequences * len(rows)
@@ -159,6 +174,7 @@ def evaluate(
             "kvcompress": kvcompress.__version__,
             "model": Path(model).name,
             "calibration": known.fingerprint if known else None,
+            "spans": joint.fingerprint if joint else None,
             "prefix": prefix,
             "scored": scored,
             "sequences": sequences,

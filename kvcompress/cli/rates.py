@@ -7,9 +7,16 @@ from typing import Any
 
 from kvcompress.calibration import Calibration
 from kvcompress.compressor import KVCacheCompressor
-from kvcompress.methods import GroupQuantization, Method, RotatedQuantization, TransformCoding
+from kvcompress.methods import (
+    GroupQuantization,
+    Method,
+    RotatedQuantization,
+    SpanTransform,
+    TransformCoding,
+)
 from kvcompress.methods.group_quantization import BITS
 from kvcompress.plan import plan
+from kvcompress.span_calibration import SpanCalibration
 
 _RATES: Mapping[str, tuple[Callable[[Any], Method], tuple[int, ...]]] = {
     GroupQuantization.__name__: (GroupQuantization, BITS),
@@ -19,16 +26,27 @@ _RATES: Mapping[str, tuple[Callable[[Any], Method], tuple[int, ...]]] = {
 TRANSFORM = TransformCoding.__name__
 """The method that can use a calibration, and do any rate."""
 
-NAMES = (*_RATES, TRANSFORM)
+SPAN = SpanTransform.__name__
+"""The method across layers, which needs a calibration of spans."""
+
+NAMES = (*_RATES, TRANSFORM, SPAN)
 
 
 def supports(name: str, bits: float) -> bool:
     """Whether a method, one of `NAMES`, has settings for a rate."""
-    return 0.25 <= bits <= 8 if name == TRANSFORM else bits in _RATES[name][1]
+    ranges = {TRANSFORM: (0.25, 8.0), SPAN: (0.05, 2.0)}
+    if name in ranges:
+        low, high = ranges[name]
+        return low <= bits <= high
+    return bits in _RATES[name][1]
 
 
 def compressors(
-    name: str, bits: float, calibration: Calibration | None, **options: Any
+    name: str,
+    bits: float,
+    calibration: Calibration | None,
+    spans: SpanCalibration | None = None,
+    **options: Any,
 ) -> Callable[[int], KVCacheCompressor]:
     """Return the compressor of every layer at a rate that the method supports.
 
@@ -40,12 +58,17 @@ def compressors(
         Bits of a code per value; scales, gains and bases come on top, norms of a plan do not.
     calibration : Calibration or None
         With it, `TransformCoding` is what `plan` makes of it; without, it uses own moments.
+    spans : SpanCalibration or None
+        What `SpanTransform` is trained on.
     **options
         Of `KVCacheCompressor`.
     """
     if name == TRANSFORM and calibration is not None:
         planned = plan(calibration, bits=bits, **options)
         return lambda layer: planned[layer]
+    if name == SPAN and spans is not None:
+        together = KVCacheCompressor(spans.train(bits), **options)
+        return lambda _: together
     method = TransformCoding(bits) if name == TRANSFORM else _RATES[name][0](int(bits))
     compressor = KVCacheCompressor(method, **options)
     return lambda _: compressor

@@ -13,6 +13,7 @@ import numpy as np
 from kvcompress._namespace import to_host
 from kvcompress.compressed import CompressedKV
 from kvcompress.compressor import KVCacheCompressor
+from kvcompress.methods import SpanTransform
 from kvcompress.metrics import HostArray, rate_bound
 
 if TYPE_CHECKING:
@@ -109,15 +110,31 @@ def score(
 
 def _step(continuation: Continuation, row: Row, tally: Tally) -> None:
     restored = {}
-    for layer, (k, v) in continuation.kv.items():
-        compressor = row.compressor(layer)
-        if layer in continuation.partial:
-            compressor = replace(compressor, sinks=0)
-        compressed = compressor.compress_kv(k, v)
-        tally.compressed.append(_sizes(compressed))
-        restored[layer] = compressor.decompress_kv(compressed)
-        tally.bounds.append(_bound(continuation, layer, restored[layer], compressor))
+    if isinstance(row.compressor(0).method, SpanTransform):
+        restored = _together(continuation, row.compressor(0), tally)
+    else:
+        for layer, (k, v) in continuation.kv.items():
+            compressor = row.compressor(layer)
+            if layer in continuation.partial:
+                compressor = replace(compressor, sinks=0)
+            compressed = compressor.compress_kv(k, v)
+            tally.compressed.append(_sizes(compressed))
+            restored[layer] = compressor.decompress_kv(compressed)
+    for layer, pair in restored.items():
+        tally.bounds.append(_bound(continuation, layer, pair, row.compressor(layer)))
     tally.scores.append(continuation.score(restored))
+
+
+def _together(
+    continuation: Continuation, compressor: KVCacheCompressor, tally: Tally
+) -> dict[int, tuple[Any, Any]]:
+    """Restored layers of a compressor that takes them all at once."""
+    keys, values = zip(*continuation.kv.values(), strict=True)
+    compressed = compressor.compress_cache(keys, values)
+    sizes = compressed.coded_nbytes, compressed.num_coded
+    tally.compressed.append((*sizes, compressed.nbytes, compressed.num_values))
+    pairs = zip(*compressor.decompress_cache(compressed), strict=True)
+    return dict(zip(continuation.kv, pairs, strict=True))
 
 
 def _bound(
@@ -125,7 +142,8 @@ def _bound(
 ) -> float:
     """`rate_bound` of the coded tokens of a layer."""
     original, tokens = continuation.kv[layer], continuation.kv[layer][0].shape[-2]
-    coded = slice(compressor.sinks, max(compressor.sinks, tokens - compressor.window))
+    sinks = 0 if layer in continuation.partial else compressor.sinks
+    coded = slice(sinks, max(sinks, tokens - compressor.window))
     (k, v), (k_restored, v_restored) = (
         [to_host(x[0, :, coded]) for x in pair] for pair in (original, restored)
     )

@@ -26,6 +26,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvcompress._namespace import narrow, to_host
 from kvcompress.errors import ShapeError, UnsupportedModel
 from kvcompress.metrics import HostArray, relative_error
+from kvcompress.rope import RoPE
+from kvcompress.span import SpanLayer
 
 Tensor: TypeAlias = Any
 Cache: TypeAlias = Any
@@ -205,6 +207,29 @@ def capture(lm: LanguageModel, tokens: HostArray, /) -> dict[int, tuple[Tensor, 
         output = lm.model.base_model(_batch(lm, tokens), use_cache=True)
     kept = _of_layers(calls, cached_kv(output.past_key_values))
     return {layer: (call.key, call.value, call.query) for layer, call in kept.items()}
+
+
+def span_layers(lm: LanguageModel, /) -> dict[int, tuple[SpanLayer, int | None]]:
+    """What spans must know of the layers that have a cache, and their sliding windows, if any.
+
+    Returns
+    -------
+    dict of int to pairs
+        Layers are counted among those that have a cache, as `compress_cache` counts them.
+
+    Raises
+    ------
+    UnsupportedModel, SettingError
+        If the cache or the rotary embedding is of a kind that is not known.
+    """
+    with torch.no_grad():
+        output = lm.model.base_model(_batch(lm, [0]), use_cache=True)
+    cache, found = output.past_key_values, {}
+    for place, (index, (k, v)) in enumerate(cached_kv(cache).items()):
+        rope = RoPE.from_config(lm.model.config, layer=index)
+        window = getattr(cache.layers[index], "sliding_window", None)
+        found[place] = SpanLayer(k.shape[1], k.shape[3], v.shape[3], rope), window
+    return found
 
 
 def cached_kv(cache: Cache, /) -> dict[int, tuple[Tensor, Tensor]]:

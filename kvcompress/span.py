@@ -1,0 +1,197 @@
+"""Layers that are coded together: how the keys and values of a token become one row, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from kvcompress._namespace import FLOATING, Array, array_namespace, astype, dtype_name
+from kvcompress.errors import DTypeError, SettingError, ShapeError, check_integer
+from kvcompress.rope import RoPE
+
+TINY = 2.0**-16
+"""Norms of values are at least this: zero has no logarithm, and must not dominate statistics."""
+
+_LOG_TINY = -16.0
+_LN2 = 0.6931471805599453
+
+
+@dataclass(frozen=True)
+class SpanLayer:
+    """What a span must know of one of its layers.
+
+    Parameters
+    ----------
+    heads, key_dim, value_dim : int
+    rope : RoPE, optional
+        What the model did to the keys; None if nothing.
+    """
+
+    heads: int
+    key_dim: int
+    value_dim: int
+    rope: RoPE | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "key_dim", "value_dim"):
+            check_integer(name, getattr(self, name), 1)
+        if self.rope is not None and self.rope.head_dim != self.key_dim:
+            raise SettingError(
+                f"key_dim is {self.key_dim}, but rope is for head_dim {self.rope.head_dim}"
+            )
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row: keys, values over their norms, and the logarithms of the norms."""
+        return self.heads * (self.key_dim + self.value_dim + 1)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Layers of a model whose caches hold the same tokens, as rows ``[tokens, width]``.
+
+    The row of a token holds, layer after layer: the keys of all heads, before RoPE; the values of
+    all heads over their norms; the binary logarithms of those norms. Errors of the last two are
+    relative ones, which is how attention weighs them: tokens with small values draw much of it.
+
+    Parameters
+    ----------
+    layers : tuple of int
+        Indices in the model, rising.
+    shapes : tuple of SpanLayer
+    """
+
+    layers: tuple[int, ...]
+    shapes: tuple[SpanLayer, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(self.layers) != len(self.shapes):
+            raise SettingError(
+                f"expected one shape for every layer, got {len(self.layers)} and {len(self.shapes)}"
+            )
+        if list(self.layers) != sorted(set(self.layers)):
+            raise SettingError(f"layers must rise, got {list(self.layers)}")
+
+    @property
+    def width(self) -> int:
+        """Numbers of a row."""
+        return sum(shape.width for shape in self.shapes)
+
+    @property
+    def num_values(self) -> int:
+        """Keys and values of a token."""
+        return sum(s.heads * (s.key_dim + s.value_dim) for s in self.shapes)
+
+    @property
+    def columns(self) -> tuple[slice, ...]:
+        """Where each layer stands in a row."""
+        ends = accumulate((shape.width for shape in self.shapes), initial=0)
+        return tuple(slice(start, end) for start, end in pairwise(ends))
+
+    def check(self, keys: Sequence[Array], values: Sequence[Array]) -> None:
+        """Check that keys and values ``[batch, heads, tokens, dim]`` are those of the layers.
+
+        Raises
+        ------
+        ShapeError, DTypeError
+        """
+        if len(keys) != len(self.layers) or len(values) != len(self.layers):
+            raise ShapeError(
+                f"the span has {len(self.layers)} layers, got keys of {len(keys)} "
+                f"and values of {len(values)}"
+            )
+        batch, _, tokens, _ = keys[0].shape if keys[0].ndim == 4 else (0, 0, 0, 0)
+        for layer, shape, k, v in zip(self.layers, self.shapes, keys, values, strict=True):
+            expected = [(batch, shape.heads, tokens, d) for d in (shape.key_dim, shape.value_dim)]
+            for name, x, want in zip(("keys", "values"), (k, v), expected, strict=True):
+                if tuple(x.shape) != want:
+                    raise ShapeError(
+                        f"{name} of layer {layer} must be [batch, {shape.heads}, tokens, "
+                        f"{want[-1]}], alike in all layers, got shape {tuple(x.shape)}"
+                    )
+                if dtype_name(x.dtype) not in FLOATING:
+                    raise DTypeError(
+                        f"{name} of layer {layer} must be one of {', '.join(FLOATING)}, "
+                        f"got {dtype_name(x.dtype)}"
+                    )
+
+    def join(
+        self,
+        keys: Sequence[Array],
+        values: Sequence[Array],
+        positions: Array,
+        *,
+        seq_len: int | None = None,
+    ) -> Array:
+        """Rows of tokens.
+
+        Parameters
+        ----------
+        keys, values : sequences of arrays ``[batch, heads, tokens, dim]``, one a layer
+        positions : integer array ``[tokens]``
+        seq_len : int, optional
+            See `RoPE.apply`.
+
+        Returns
+        -------
+        array ``[batch * tokens, width]``, float32
+        """
+        xp = array_namespace(*keys, *values)
+        parts = []
+        for shape, k, v in zip(self.shapes, keys, values, strict=True):
+            k, v = astype(k, "float32"), astype(v, "float32")
+            if shape.rope is not None:
+                k = shape.rope.undo(k, positions, seq_len=seq_len)
+            # Squares of the largest magnitudes would overflow.
+            peak = xp.clip(xp.max(xp.abs(v), axis=-1, keepdims=True), min=TINY)
+            v = v / peak
+            norm = xp.clip(xp.sqrt(xp.sum(v * v, axis=-1, keepdims=True)), min=TINY)
+            log = xp.clip(xp.log2(norm) + xp.log2(peak), min=_LOG_TINY)
+            parts += [k, v / norm, log]
+        return xp.concat([_rows(part) for part in parts], axis=-1)
+
+    def split(
+        self,
+        rows: Array,
+        positions: Array,
+        *,
+        batch: int,
+        layer: int,
+        seq_len: int | None = None,
+    ) -> tuple[Array, Array]:
+        """Keys and values ``[batch, heads, tokens, dim]``, float32, of one layer of the span.
+
+        Parameters
+        ----------
+        rows : array ``[batch * tokens, width of the layer]``, float32
+        positions : integer array ``[tokens]``
+        batch : int
+        layer : int
+            Counted within the span.
+        seq_len : int, optional
+            See `RoPE.apply`.
+        """
+        shape, tokens = self.shapes[layer], positions.shape[0]
+        xp = array_namespace(rows)
+        keys, end = shape.heads * shape.key_dim, shape.heads * (shape.key_dim + shape.value_dim)
+        k = _heads(rows[:, :keys], batch, tokens, shape.heads)
+        v = _heads(rows[:, keys:end], batch, tokens, shape.heads)
+        log = _heads(rows[:, end:], batch, tokens, shape.heads)
+        if shape.rope is not None:
+            k = shape.rope.apply(k, positions, seq_len=seq_len)
+        return k, v * xp.exp(_LN2 * xp.clip(log, -126.0, 126.0))
+
+
+def _rows(x: Array) -> Array:
+    """``[batch, heads, tokens, dim]`` to ``[batch * tokens, heads * dim]``."""
+    xp = array_namespace(x)
+    batch, heads, tokens, dim = x.shape
+    return xp.reshape(xp.permute_dims(x, (0, 2, 1, 3)), (batch * tokens, heads * dim))
+
+
+def _heads(x: Array, batch: int, tokens: int, heads: int) -> Array:
+    """Undo `_rows`."""
+    xp = array_namespace(x)
+    x = xp.reshape(x, (batch, tokens, heads, x.shape[1] // heads))
+    return xp.permute_dims(x, (0, 2, 1, 3))

@@ -1,0 +1,199 @@
+"""What codes the layers of a span: one basis and the tables of an entropy coder, trained once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from os import PathLike
+
+import numpy as np
+
+from kvcompress.coefficient_model import CoefficientModel
+from kvcompress.errors import CalibrationError, KVCompressError
+from kvcompress.layer_statistics import HostArray, digest
+from kvcompress.span import Span
+from kvcompress.span_files import load_arrays, save_arrays, span_from_dict, span_to_dict
+
+FORMAT = "kvcompress.span-code.1"
+
+HALF, BYTE = 8.0, 1.0
+"""Root mean squares of coefficients, in steps, from which their row of the basis is half floats, or
+bytes; others are nibbles."""
+
+CLIP = 2.6
+"""Magnitude of a nibble, over the root mean square of a row: as small an error as one can have."""
+
+REST_STEPS = 2
+"""Steps, to one of the coefficients, of what they leave of a token: it is spread over all numbers,
+which then have no larger error together than the coefficients of other tokens."""
+
+
+@dataclass(frozen=True, eq=False)
+class SpanCode:
+    """Basis and entropy tables of a span at one rate; NumPy arrays on the host.
+
+    Belongs to the model, like its tokenizer: what is compressed carries the fingerprint only.
+
+    Attributes
+    ----------
+    span : Span
+    bits : float
+        Bits per value it was trained for.
+    mean : array ``[width]``, float32
+        Of the rows.
+    scale : array ``[width]``, float32
+        What rows, less the mean, are multiplied by: errors then count alike, and in steps of the
+        quantizer.
+    basis_half : array ``[largest components, width]``, float16
+    basis_byte : array ``[next components, width]``, int8
+    basis_nibble : array ``[all others, (width + 1) // 2]``, uint8
+        Two numbers to a byte, the first the lower, eight more than they are.
+    basis_scale : array ``[components]``, float32
+        What every row of the basis is multiplied by.
+    classes : array ``[components]``, uint8
+        Of every component; see `CoefficientModel`.
+    residual_classes : array ``[width]``, uint8
+        Of what the components leave of every number, for tokens of which they leave too much.
+    limit : array ``[1]``, float32
+        Squared error, in steps, beyond which the rest of a token is coded too.
+    rounding : array ``[CLASSES]``, float32
+        Magnitude, above a whole number, from which coefficients of a class are rounded up.
+    centres : array ``[2, CLASSES]``, float32
+        How much nearer to zero than the whole number coefficients are restored: those of magnitude
+        one, and larger ones.
+    frequencies, magnitudes, thresholds : arrays
+        Of `model`.
+    """
+
+    span: Span
+    bits: float
+    mean: HostArray
+    scale: HostArray
+    basis_half: HostArray
+    basis_byte: HostArray
+    basis_nibble: HostArray
+    basis_scale: HostArray
+    classes: HostArray
+    residual_classes: HostArray
+    limit: HostArray
+    rounding: HostArray
+    centres: HostArray
+    frequencies: HostArray
+    magnitudes: HostArray
+    thresholds: HostArray
+
+    @property
+    def arrays(self) -> Mapping[str, HostArray]:
+        """Every array, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self)[2:]}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays: what a machine needs to have of the model to restore its caches."""
+        return sum(x.nbytes for x in self.arrays.values())
+
+    @property
+    def components(self) -> int:
+        """How many components a token has."""
+        return len(self.basis_scale)
+
+    @cached_property
+    def model(self) -> CoefficientModel:
+        """Tables of the entropy coder."""
+        return CoefficientModel(self.frequencies, self.magnitudes, self.thresholds)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the span and all arrays, in hexadecimal: who has the same decodes the same."""
+        span = json.dumps(span_to_dict(self.span), sort_keys=True).encode()
+        return digest({**self.arrays, "span": np.frombuffer(span, np.uint8)})
+
+    @property
+    def backward(self) -> HostArray:
+        """What takes coefficients to rows, in steps: float32 ``[components, width]``."""
+        packed = self.basis_nibble
+        pairs = np.stack([packed & 15, packed >> 4], axis=-1)
+        pairs = pairs.reshape(len(packed), 2 * packed.shape[1])
+        nibbles = pairs[:, : self.span.width].astype(np.float32) - 8
+        rows = np.concatenate([self.basis_half, self.basis_byte, nibbles], dtype=np.float32)
+        rows *= self.basis_scale[:, None]
+        return rows
+
+    @property
+    def forward(self) -> HostArray:
+        """What takes rows to coefficients: float32 ``[width, components]``.
+
+        Rows of nibbles are not quite orthogonal to those of the largest components, which are not
+        to show in the coefficients of others.
+        """
+        rows = self.backward
+        count = len(self.basis_half) + len(self.basis_byte)
+        large, others = rows[:count], rows[count:]
+        others -= (others @ large.T) @ large
+        return np.ascontiguousarray(rows.T)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SpanCode) and self.fingerprint == other.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    def __repr__(self) -> str:
+        return (
+            f"SpanCode({len(self.span.layers)} layers, {self.bits:g} bits, {self.components} of "
+            f"{self.span.width} components, {self.nbytes:,} bytes, {self.fingerprint[:12]})"
+        )
+
+    def save(self, path: str | PathLike[str], /) -> None:
+        """Write a safetensors file."""
+        facts = {"span": span_to_dict(self.span), "bits": self.bits}
+        save_arrays(self.arrays, path, FORMAT, facts)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], /) -> SpanCode:
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        CalibrationError
+            If it is no such file.
+        """
+        arrays, facts = load_arrays(path, FORMAT)
+        try:
+            return cls(span_from_dict(facts["span"]), facts["bits"], **arrays)
+        except (KVCompressError, KeyError, ValueError, TypeError) as error:
+            raise CalibrationError(f"{path} holds no code of a span: {error}") from error
+
+
+def store_basis(vectors: HostArray, sizes: HostArray) -> Mapping[str, HostArray]:
+    """Arrays of a `SpanCode` that hold a basis.
+
+    An error of a component's row costs its square times the component's variance: half floats,
+    bytes or nibbles cost about a hundredth of what the rounding of coefficients costs anyway.
+
+    Parameters
+    ----------
+    vectors : array ``[components, width]``, float32
+        Orthonormal rows.
+    sizes : array ``[components]``
+        Root mean square of the coefficients, in steps, falling.
+    """
+    first, last = (int(np.sum(sizes >= limit)) for limit in (HALF, BYTE))
+    peak = np.maximum(np.max(np.abs(vectors), axis=1, keepdims=True), 1e-30)
+    ordinary = np.sqrt(np.mean(np.square(vectors), axis=1, keepdims=True))
+    half = (vectors[:first] / peak[:first]).astype(np.float16)
+    byte = np.rint(vectors[first:last] * (127 / peak[first:last])).astype(np.int8)
+    reach = np.minimum(peak, CLIP * ordinary)[last:]
+    nibble = np.clip(np.rint(vectors[last:] * (7 / reach)), -7, 7)
+    # Rounded rows have other norms than those they stand for.
+    norms = [np.linalg.norm(x.astype(np.float32), axis=1) for x in (half, byte, nibble)]
+    scale = 1 / np.maximum(np.concatenate(norms), 1e-30)
+    codes = np.pad((nibble + 8).astype(np.uint8), ((0, 0), (0, vectors.shape[1] % 2)))
+    return {
+        "basis_half": half,
+        "basis_byte": byte,
+        "basis_nibble": codes[:, ::2] | codes[:, 1::2] << 4,
+        "basis_scale": scale.astype(np.float32),
+    }

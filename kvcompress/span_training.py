@@ -1,0 +1,248 @@
+"""Bases and entropy tables of spans, trained on their statistics; on the host."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from kvcompress.coefficient_model import CLASSES, CoefficientModel, classes_of, fit
+from kvcompress.errors import SettingError
+from kvcompress.layer_statistics import HostArray
+from kvcompress.span_code import REST_STEPS, SpanCode, store_basis
+from kvcompress.span_statistics import SpanStatistics
+
+LAGRANGE = 0.06
+"""Squared error, in steps, that a bit is worth: of the entropy-coded uniform quantizer at high rate
+it is ``ln(2) / 6``; half of it, because thresholds lie in the middle."""
+
+SHARE = 0.5
+"""Components of a basis over the width of the span, where nothing else is said."""
+
+LEAST = 0.2
+"""Root mean square, in steps, of the components that are kept."""
+
+LIMIT = 4.0
+"""Squared error of a token, over the mean, from which its rest is coded too."""
+
+TOLERANCE = 0.01
+"""How far the bits of a code may be from those asked for, as a binary logarithm."""
+
+
+@dataclass(frozen=True, eq=False)
+class SpanBasis:
+    """Leading principal components of a span, in units of damage; float32 on the host.
+
+    Attributes
+    ----------
+    mean, scale : arrays ``[width]``
+        Of the rows: what is taken away, and what they are then multiplied by.
+    vectors : array ``[width, components]``
+        Orthonormal columns.
+    variances : array ``[components]``
+        Falling.
+    rest : float
+        Variance outside of the components.
+    """
+
+    mean: HostArray
+    scale: HostArray
+    vectors: HostArray
+    variances: HostArray
+    rest: float
+
+
+def span_basis(statistics: SpanStatistics, /, *, components: int) -> SpanBasis:
+    """Leading components of the covariance of a span, by subspace iteration.
+
+    Halko, Martinsson, Tropp 2011, arXiv 0909.4061: a few products with a random matrix find the
+    subspace, in a third of the time and memory of all eigenvectors; that neighbours at its end stay
+    mixed costs nothing.
+
+    Parameters
+    ----------
+    statistics : SpanStatistics
+    components : int
+        At most the width of the span.
+    """
+    scale = np.sqrt(statistics.weights).astype(np.float32)
+    covariance = statistics.covariance()
+    covariance *= scale
+    covariance *= scale[:, None]
+    width = len(scale)
+    if not 1 <= components <= width:
+        raise SettingError(f"components must be from 1 to {width}, got {components}")
+    total = float(np.trace(covariance, dtype=np.float64))
+    if components > width // 2:
+        variances, vectors = np.linalg.eigh(-covariance)
+        variances, vectors = -variances[:components], vectors[:, :components]
+    else:
+        more = min(width, components + 32)
+        vectors = np.random.default_rng(0).standard_normal((width, more), dtype=np.float32)
+        for _ in range(2):
+            vectors = _conditioned(covariance @ vectors)
+        vectors = np.linalg.qr(vectors).Q
+        inner = vectors.T @ (covariance @ vectors)
+        variances, turn = np.linalg.eigh(-inner)
+        variances = -variances[:components]
+        vectors = vectors @ turn[:, :components]
+    variances = np.maximum(variances, 0)
+    rest = max(0.0, total - float(variances.sum(dtype=np.float64)))
+    return SpanBasis(statistics.mean.astype(np.float32), scale, vectors, variances, rest)
+
+
+def _conditioned(x: HostArray) -> HostArray:
+    """Other columns of about the same span, far from dependent; much faster than orthonormal ones.
+
+    One step of shifted Cholesky: Fukaya et al. 2020, arXiv 1809.11085.
+    """
+    x = x / np.maximum(np.linalg.norm(x, axis=0), 1e-30)
+    gram = x.T @ x
+    gram[np.diag_indices(len(gram))] += 1e-5 * np.linalg.norm(gram)
+    inverse = np.linalg.inv(np.linalg.cholesky(gram.astype(np.float64)))
+    return x @ inverse.T.astype(np.float32)
+
+
+def train_span(
+    statistics: SpanStatistics, bits: float, /, *, basis: SpanBasis | None = None
+) -> SpanCode:
+    """Train the code of a span to spend `bits` per value on tokens like those it was given.
+
+    Parameters
+    ----------
+    statistics : SpanStatistics
+    bits : float
+        Bits per value, met within 1 % on the calibration's own rows.
+    basis : SpanBasis, optional
+        Of the same statistics, where several rates are trained: most of the time goes there.
+
+    Raises
+    ------
+    SettingError
+        If the rate is not positive, or not one that the components of the basis can spend.
+    """
+    span = statistics.span
+    if not 0 < bits < 16:
+        raise SettingError(f"bits must be above 0 and below 16, got {bits!r}")
+    if basis is None:
+        basis = span_basis(statistics, components=math.ceil(span.width * SHARE))
+    rows = (statistics.sample.astype(np.float32) - basis.mean) * basis.scale
+    coefficients = rows @ basis.vectors
+    target = bits * span.num_values * len(rows)
+    logarithm = _first_guess(basis.variances, bits * span.num_values)
+    slope = -0.6  # of the logarithm of the bits to that of the step, to begin with
+    known: tuple[float, float] | None = None
+    for _ in range(20):
+        trial = _trial(coefficients, basis.variances, 2.0**logarithm)
+        over = math.log2(max(trial.bits, 1.0) / target)
+        if abs(over) < TOLERANCE:
+            return _code(statistics, bits, basis, rows, trial)
+        if known is not None and abs(logarithm - known[0]) > 1e-6:
+            slope = min(max((over - known[1]) / (logarithm - known[0]), -4.0), -0.2)
+        known = logarithm, over
+        logarithm -= over / slope
+    raise SettingError(
+        f"{basis.vectors.shape[1]} components cannot spend {bits:g} bits per value, but "
+        f"{trial.bits / target * bits:.3g}"
+    )
+
+
+def _first_guess(variances: HostArray, bits: float) -> float:
+    """Binary logarithm of the step at which components of these variances deserve so many bits."""
+    low, high = -60.0, 60.0
+    logs = np.log2(np.maximum(variances.astype(np.float64), 1e-30)) / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        spent = float(np.sum(np.maximum(0.0, logs - middle + 0.5)))
+        low, high = (middle, high) if spent > bits else (low, middle)
+    return high
+
+
+@dataclass(frozen=True, eq=False)
+class _Trial:
+    """Coefficients of the sample, in steps, their codes, and what those cost."""
+
+    step: float
+    classes: HostArray
+    rounding: HostArray
+    model: CoefficientModel
+    y: HostArray
+    q: HostArray
+    bits: float
+
+
+def _trial(coefficients: HostArray, variances: HostArray, step: float) -> _Trial:
+    y = coefficients.T / np.float32(step)
+    size = np.sqrt(variances) / step
+    used = int(np.max(np.flatnonzero(size > LEAST), initial=0)) + 1
+    y, classes = y[:used], classes_of(size[:used])
+    rounding = np.full(CLASSES, 0.6, np.float32)
+    for _ in range(2):
+        q = quantize(y, rounding[classes])
+        model = fit(q, classes)
+        rounding = _rounding(model)
+    q = quantize(y, rounding[classes])
+    return _Trial(step, classes, rounding, model, y, q, model.bits(q, classes))
+
+
+def quantize(y: HostArray, rounding: HostArray) -> HostArray:
+    """Whole numbers, int32, for coefficients ``[components, tokens]`` in steps."""
+    magnitude: HostArray = np.floor(np.abs(y) + (1 - rounding[:, None]))
+    return np.copysign(magnitude, y).astype(np.int32)
+
+
+def _rounding(model: CoefficientModel) -> HostArray:
+    """Fractions from which rounding up is worth its bits: of one, which is most of them."""
+    frequencies = model.frequencies.astype(np.float64)
+    middle = (frequencies.shape[1] - 1) // 2
+    dearer = np.log2(frequencies[:, middle] / frequencies[:, middle + 1])
+    return np.clip(0.5 + LAGRANGE * dearer, 0.5, 0.95).astype(np.float32)
+
+
+def _code(
+    statistics: SpanStatistics, bits: float, basis: SpanBasis, rows: HostArray, trial: _Trial
+) -> SpanCode:
+    used, (classes, q, y) = len(trial.classes), (trial.classes, trial.q, trial.y)
+    vectors = basis.vectors[:, :used].T
+    centres = _centres(q, y, classes)
+    scale = basis.scale / np.float32(trial.step)
+    restored = restore_magnitudes(q, classes, centres)
+    rest = rows / np.float32(trial.step) - restored.T @ vectors
+    sizes = np.sqrt(np.mean(np.square(rest), axis=0, dtype=np.float64))
+    error = float(np.mean(np.sum(np.square(rest), axis=1, dtype=np.float64)))
+    return SpanCode(
+        span=statistics.span,
+        bits=bits,
+        mean=basis.mean,
+        scale=scale,
+        **store_basis(vectors, np.sqrt(basis.variances[:used]) / trial.step),
+        classes=classes,
+        residual_classes=classes_of(REST_STEPS * sizes),
+        limit=np.asarray([LIMIT * error], np.float32),
+        rounding=trial.rounding,
+        centres=centres,
+        frequencies=trial.model.frequencies,
+        magnitudes=trial.model.magnitudes,
+        thresholds=trial.model.thresholds,
+    )
+
+
+def restore_magnitudes(q: HostArray, classes: HostArray, centres: HostArray) -> HostArray:
+    """Coefficients, float32, in steps, that whole numbers ``[components, tokens]`` stand for."""
+    one, more = (centre[classes][:, None] for centre in centres)
+    magnitude = np.abs(q).astype(np.float32)
+    magnitude -= np.where(magnitude == 1, one, np.where(magnitude > 1, more, np.float32(0)))
+    return np.copysign(magnitude, q)
+
+
+def _centres(q: HostArray, y: HostArray, classes: HostArray) -> HostArray:
+    """How much nearer to zero than ``|q|`` the coefficients are, by class."""
+    centres = np.zeros((2, CLASSES))
+    magnitude = np.abs(q)
+    for row, these in enumerate((magnitude == 1, magnitude > 1)):
+        near, count = np.zeros(CLASSES), np.full(CLASSES, 50.0)
+        np.add.at(near, classes, np.sum((magnitude - np.abs(y)) * these, axis=1))
+        np.add.at(count, classes, np.sum(these, axis=1))
+        centres[row] = near / count
+    return np.clip(centres, -0.5, 0.5).astype(np.float32)

@@ -1,0 +1,147 @@
+"""Layers of a cache that are compressed together: exact tokens set aside, positions, restored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from kvcompress._namespace import Array, array_namespace, device, dtype_name, narrow, to_host
+from kvcompress.compressed_cache import CompressedSpan
+from kvcompress.errors import DTypeError, NamespaceError, ShapeError
+from kvcompress.layer_statistics import HostArray
+from kvcompress.methods import span_transform
+from kvcompress.span_code import SpanCode
+
+
+def compress_span(
+    code: SpanCode,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    positions: HostArray,
+    *,
+    sinks: int,
+    window: int,
+) -> CompressedSpan:
+    """Compress layers that hold the same tokens.
+
+    Parameters
+    ----------
+    code : SpanCode
+    keys, values : sequences of arrays ``[batch, num_heads, tokens, head_dim]``
+    positions : integer array ``[tokens]``
+    sinks, window : int
+    """
+    code.span.check(keys, values)
+    like = keys[0]
+    xp, where, dtype = array_namespace(*keys, *values), device(like), dtype_name(like.dtype)
+    for x in (*keys, *values):
+        if dtype_name(x.dtype) != dtype:
+            raise DTypeError(
+                f"all layers must have one dtype, got {dtype} and {dtype_name(x.dtype)}"
+            )
+        if device(x) != where:
+            raise NamespaceError(f"all layers must be on one device, got {where} and {device(x)}")
+    tokens = like.shape[2]
+    sinks = min(sinks, tokens)
+    end = max(sinks, tokens - window)
+    place = xp.asarray(positions.astype(np.int32), device=where)
+    payload = span_transform.encode(
+        code,
+        [k[:, :, sinks:end, :] for k in keys],
+        [v[:, :, sinks:end, :] for v in values],
+        place[sinks:end],
+        seq_len=_length(positions),
+    )
+    exact = tuple(
+        (
+            xp.concat([k[:, :, :sinks, :], k[:, :, end:, :]], axis=2),
+            xp.concat([v[:, :, :sinks, :], v[:, :, end:, :]], axis=2),
+        )
+        for k, v in zip(keys, values, strict=True)
+    )
+    start = int(positions[0]) if tokens else 0
+    follow = bool(np.array_equal(positions, start + np.arange(tokens)))
+    return CompressedSpan(
+        payload,
+        exact,
+        start if follow else place,
+        code.fingerprint,
+        tuple((tuple(k.shape), tuple(v.shape)) for k, v in zip(keys, values, strict=True)),
+        dtype,
+        sinks,
+    )
+
+
+def decompress_span(
+    part: CompressedSpan, code: SpanCode, layers: Sequence[int], tokens: slice
+) -> list[tuple[Array, Array]]:
+    """Keys and values of some layers, counted within the span, and some tokens."""
+    like = part.exact[0][0]
+    xp, where = array_namespace(like), device(like)
+    batch, _, count, _ = part.shapes[0][0]
+    first, last, _ = tokens.indices(count)
+    window = like.shape[2] - part.sinks
+    sinks, end = part.sinks, count - window
+    low, high = (min(max(i, sinks), end) for i in (first, max(first, last)))
+    coded = end - sinks
+    rows = np.arange(batch)[:, None] * coded + np.arange(low, high) - sinks
+    restored = span_transform.decode(code, part.payload, rows.ravel(), layers)
+    if isinstance(part.positions, int):
+        positions = part.positions + np.arange(count)
+    else:
+        positions = to_host(part.positions)
+    place = xp.asarray(positions[low:high].astype(np.int32), device=where)
+    result = []
+    for layer, x in zip(layers, restored, strict=True):
+        pair = code.span.split(x, place, batch=batch, layer=layer, seq_len=_length(positions))
+        exact = part.exact[layer]
+        result.append(
+            (
+                _between(pair[0], exact[0], part, (first, last), end),
+                _between(pair[1], exact[1], part, (first, last), end),
+            )
+        )
+    return result
+
+
+def _between(
+    x: Array, exact: Array, part: CompressedSpan, tokens: tuple[int, int], end: int
+) -> Array:
+    """Tokens of a layer: sinks, what was decoded, the window."""
+    xp = array_namespace(x)
+    first, last = tokens
+    lead = exact[:, :, min(first, part.sinks) : min(last, part.sinks), :]
+    after = (max(i, end) - end + part.sinks for i in (first, last))
+    tail = exact[:, :, slice(*after), :]
+    return xp.concat([lead, narrow(x, part.dtype), tail], axis=2)
+
+
+def positions_of(counts: Sequence[int], positions: Array | None) -> list[HostArray]:
+    """Positions of the tokens of every layer, on the host.
+
+    Without `positions`, the layer with most tokens holds all of them from the first on, and others,
+    of a sliding window, the last ones.
+
+    Raises
+    ------
+    DTypeError, ShapeError
+        If `positions` are no integers, or not one for every token.
+    """
+    if positions is None:
+        most = max(counts, default=0)
+        return [np.arange(most - count, most) for count in counts]
+    xp = array_namespace(positions)
+    if not xp.isdtype(positions.dtype, "integral"):
+        raise DTypeError(f"positions must be integers, got {dtype_name(positions.dtype)}")
+    for count in counts:
+        if tuple(positions.shape) != (count,):
+            raise ShapeError(
+                f"positions must be [{count}], one for every token of every layer, "
+                f"got shape {tuple(positions.shape)}"
+            )
+    return [to_host(positions)] * len(counts)
+
+
+def _length(positions: HostArray) -> int:
+    return int(positions.max(initial=0)) + 1

@@ -1,0 +1,425 @@
+"""Layers compressed together: round trips, parts of them, bytes, quality, errors, files."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcompress import (
+    CalibrationError,
+    CodingError,
+    GroupQuantization,
+    KVCacheCompressor,
+    LayoutError,
+    RoPE,
+    RotatedQuantization,
+    SettingError,
+    ShapeError,
+    Span,
+    SpanCalibration,
+    SpanCode,
+    SpanLayer,
+    SpanStatistics,
+    SpanTransform,
+    UnknownLayer,
+    train_span,
+)
+from kvcompress.methods.span_transform import BLOCK, largest_nbytes
+from kvcompress.rope_scaling import DynamicScaling, LongRopeScaling, YarnScaling
+from kvcompress.span_calibration import spans_of
+from kvcompress.span_code import store_basis
+
+LAYERS, HEADS, DIM, VALUE_DIM = 3, 2, 8, 6
+SPAN = Span(
+    (0, 1, 2),
+    (
+        SpanLayer(HEADS, DIM, VALUE_DIM, RoPE(DIM, 100.0)),
+        SpanLayer(HEADS, DIM, VALUE_DIM, RoPE(4, 50.0, interleaved=True, head_dim=DIM)),
+        SpanLayer(HEADS, DIM, VALUE_DIM),
+    ),
+)
+
+
+def make(tokens: int, seed: int, batch: int = 1, *, first: int = 0, span: Span = SPAN):
+    """Keys and values that are noisy images of a small hidden state, as layers are."""
+    rng, known = np.random.default_rng(seed), np.random.default_rng(7)
+    mix = known.standard_normal((8, span.width))
+    hidden = rng.standard_normal((batch * tokens, 8)) * 0.7 ** np.arange(8)
+    rows = hidden @ mix + 0.05 * rng.standard_normal((batch * tokens, span.width))
+    rows = rows.astype("float32")
+    place = first + np.arange(tokens)
+    pairs = [
+        span.split(rows[:, columns], place, batch=batch, layer=i)
+        for i, columns in enumerate(span.columns)
+    ]
+    keys, values = ([np.asarray(x, "float32") for x in xs] for xs in zip(*pairs, strict=True))
+    return keys, values
+
+
+@pytest.fixture(scope="module")
+def statistics() -> SpanStatistics:
+    statistics = SpanStatistics(SPAN, rows=600, skip=0)
+    for seed in range(3):
+        statistics.update(*make(400, seed))
+    return statistics
+
+
+@pytest.fixture(scope="module")
+def code(statistics) -> SpanCode:
+    return train_span(statistics, 1.5)
+
+
+def errors(original, restored):
+    return [
+        float(np.linalg.norm(np.asarray(y, "float64") - x) / np.linalg.norm(x))
+        for x, y in zip(original, restored, strict=True)
+    ]
+
+
+def test_everywhere(xp, code):
+    """In and out in the caller's library and dtype, close to what went in."""
+    if xp.name == "jax-jit":
+        pytest.skip("sizes follow from the data")
+    compressor = KVCacheCompressor(SpanTransform(code), sinks=2, window=5)
+    keys, values = make(40, 99, batch=2)
+    for dtype in xp.few(xp.dtypes):
+        ks, vs = ([xp.asarray(_cast(x, dtype)) for x in xs] for xs in (keys, values))
+        compressed = compressor.compress_cache(ks, vs)
+        restored = compressor.decompress_cache(compressed)
+        for xs, ys in zip((ks, vs), restored, strict=True):
+            for x, y in zip(xs, ys, strict=True):
+                assert xp.owns(y)
+                assert y.dtype == x.dtype
+                assert y.shape == x.shape
+                exact = [0, 1, -5, -1]
+                for i in exact:
+                    np.testing.assert_array_equal(xp.numpy(x)[:, :, i], xp.numpy(y)[:, :, i])
+            hosts = [xp.numpy(y).astype("float64") for y in ys]
+            assert max(errors([xp.numpy(x).astype("float64") for x in xs], hosts)) < 0.2
+
+
+def _cast(x, dtype):
+    import ml_dtypes
+
+    return x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2),
+    st.integers(0, 30),
+    st.integers(0, 4),
+    st.integers(0, 9),
+    st.integers(0, 30),
+    st.integers(0, 30),
+    st.permutations([0, 1, 2]),
+    st.integers(0, 3),
+)
+def test_parts_are_those_of_the_whole(
+    code, seed, batch, tokens, sinks, window, start, stop, layers, count
+):
+    compressor = KVCacheCompressor(SpanTransform(code), sinks=sinks, window=window)
+    keys, values = make(tokens, seed, batch)
+    compressed = compressor.compress_cache(keys, values)
+    whole = compressor.decompress_cache(compressed)
+    some, cut = layers[:count], slice(start, stop)
+    part = compressor.decompress_cache(compressed, layers=some, tokens=cut)
+    for xs, ys in zip(whole, part, strict=True):
+        for layer, y in zip(some, ys, strict=True):
+            np.testing.assert_allclose(y, xs[layer][:, :, cut], rtol=1e-4, atol=1e-5)
+
+
+def test_parts_across_blocks(code):
+    compressor = KVCacheCompressor(SpanTransform(code), sinks=4, window=7)
+    keys, values = make(2 * BLOCK + 50, 5)
+    compressed = compressor.compress_cache(keys, values)
+    whole, _ = compressor.decompress_cache(compressed)
+    for cut in (slice(BLOCK - 3, BLOCK + 20), slice(-20, None), slice(2, 6)):
+        part, _ = compressor.decompress_cache(compressed, layers=[1], tokens=cut)
+        np.testing.assert_allclose(part[0], whole[1][:, :, cut], rtol=1e-4, atol=1e-5)
+
+
+def test_bytes(code):
+    keys, values = make(300, 11, batch=2)
+    compressed = KVCacheCompressor(SpanTransform(code), sinks=4).compress_cache(
+        [k.astype("float16") for k in keys], [v.astype("float16") for v in values]
+    )
+    (part,) = compressed.parts
+    coded = sum(x.nbytes for x in part.payload.values())
+    exact = sum(x.nbytes for pair in part.exact for x in pair)
+    assert compressed.nbytes == coded + exact == len(_bytes(compressed))
+    assert compressed.original_nbytes == sum(2 * x.size for x in (*keys, *values))
+    assert coded <= largest_nbytes(code, 2 * 296)
+    assert compressed.coded_bits_per_value == pytest.approx(8 * coded / (2 * 296 * SPAN.num_values))
+    # 84 values a token here: its state and length, 6 bytes, are half a bit a value by themselves.
+    overhead = 48 / SPAN.num_values
+    assert compressed.coded_bits_per_value == pytest.approx(1.5 + overhead, rel=0.05)
+    assert compressed.ratio == compressed.original_nbytes / compressed.nbytes
+
+
+def _bytes(compressed) -> bytes:
+    """Every array of a container, found by walking it."""
+    found = b""
+
+    def walk(x):
+        nonlocal found
+        if isinstance(x, np.ndarray):
+            found += x.tobytes()
+        elif isinstance(x, dict):
+            walk(list(x.values()))
+        elif isinstance(x, list | tuple):
+            for item in x:
+                walk(item)
+        elif hasattr(x, "__dataclass_fields__"):
+            walk([getattr(x, name) for name in x.__dataclass_fields__])
+
+    walk(compressed)
+    return found
+
+
+def test_better_than_one_by_one(code):
+    """Layers that are images of one state cost less together, at the same error."""
+    keys, values = make(600, 12)
+    together = KVCacheCompressor(SpanTransform(code))
+    alone = KVCacheCompressor(RotatedQuantization(bits=3))
+    size, error = [], []
+    for compressor in (together, alone):
+        compressed = compressor.compress_cache(keys, values)
+        restored = compressor.decompress_cache(compressed)
+        size.append(compressed.coded_bits_per_value)
+        error.append(np.mean(errors([*keys, *values], [*restored[0], *restored[1]])))
+    assert size[0] < 0.7 * size[1]
+    assert error[0] < 0.7 * error[1]
+
+
+@pytest.mark.parametrize("kind", ["loud", "zeros", "constant", "other", "huge"])
+def test_tokens_no_calibration_foresaw(code, kind):
+    """Quality holds, at whatever rate it takes."""
+    rng = np.random.default_rng(1)
+    keys, values = make(60, 13)
+    for xs in (keys, values):
+        for x in xs:
+            x[:, :, 20:40] = {
+                "loud": 30 * x[:, :, 20:40],
+                "zeros": 0 * x[:, :, 20:40],
+                "constant": 0 * x[:, :, 20:40] + 2,
+                "other": rng.standard_normal(x[:, :, 20:40].shape),
+                "huge": rng.standard_normal(x[:, :, 20:40].shape) * 1e30,
+            }[kind]
+    compressor = KVCacheCompressor(SpanTransform(code))
+    restored = compressor.decompress_cache(compressor.compress_cache(keys, values))
+    assert all(np.all(np.isfinite(x)) for xs in restored for x in xs)
+    for xs, ys in zip((keys, values), restored, strict=True):
+        for x, y in zip(xs, ys, strict=True):
+            odd, found = (z[:, :, 20:40].astype("float64") for z in (x, y))
+            # The step suits tokens of size one; errors of values are relative to their norms.
+            size = 1 if xs is keys and kind != "huge" else np.sqrt(np.mean(odd**2))
+            assert np.sqrt(np.mean((found - odd) ** 2)) < 0.4 * size + 0.01
+            rest = np.delete(y.astype("float64") - x, np.arange(20, 40), axis=2)
+            assert rest.std() < 0.2 * x[:, :, :20].std()
+
+
+def test_positions(code):
+    """RoPE is undone where the tokens stood; other positions are kept, and counted."""
+    compressor = KVCacheCompressor(SpanTransform(code), sinks=4)
+    keys, values = make(200, 14, first=1000)
+    bits = []
+    for place in (None, np.arange(1000, 1200)):
+        compressed = compressor.compress_cache(keys, values, positions=place)
+        restored, _ = compressor.decompress_cache(compressed)
+        assert max(errors(keys, restored)) < 0.25
+        bits.append(compressed.coded_bits_per_value)
+    assert bits[1] < bits[0]
+    assert compressed.parts[0].sinks == 0
+    order = np.random.default_rng(0).permutation(200)
+    shuffled = [[x[:, :, order] for x in xs] for xs in (keys, values)]
+    compressed = compressor.compress_cache(*shuffled, positions=1000 + order)
+    assert compressed.parts[0].positions.nbytes == 800
+    part, _ = compressor.decompress_cache(compressed, tokens=slice(50, 90))
+    assert max(errors([k[:, :, 50:90] for k in shuffled[0]], part)) < 0.25
+
+
+def test_spans_of_different_tokens():
+    """Layers with a sliding window are a span of their own; they lost the sinks."""
+    shapes = SPAN.shapes
+    full, sliding = Span((1,), shapes[1:2]), Span((0, 2), (shapes[0], shapes[2]))
+    codes = []
+    for span in (full, sliding):
+        known = SpanStatistics(span, rows=300, skip=0)
+        known.update(*make(600, 1, span=span))
+        codes.append(train_span(known, 2.0))
+    compressor = KVCacheCompressor(SpanTransform(tuple(codes)), sinks=3, window=8)
+    (k1,), (v1,) = make(100, 2, span=full)
+    (k0, k2), (v0, v2) = make(60, 2, first=40, span=sliding)
+    compressed = compressor.compress_cache([k0, k1, k2], [v0, v1, v2])
+    assert [part.sinks for part in compressed.parts] == [3, 0]
+    keys, values = compressor.decompress_cache(compressed)
+    assert max(errors([k0, k1, k2, v0, v1, v2], [*keys, *values])) < 0.25
+
+
+def test_layer_by_layer():
+    """Every other method does the layers one by one."""
+    keys, values = make(50, 3)
+    keys[1], values[1] = keys[1][:, :, -20:], values[1][:, :, -20:]
+    compressor = KVCacheCompressor(GroupQuantization(4, 2), sinks=4, window=4)
+    compressed = compressor.compress_cache(keys, values)
+    single = [replace(compressor, sinks=0 if i == 1 else 4) for i in range(3)]
+    expected = [c.compress_kv(k, v) for c, k, v in zip(single, keys, values, strict=True)]
+    assert compressed.nbytes == sum(x.nbytes for x in expected)
+    restored = compressor.decompress_cache(compressed, layers=[1], tokens=slice(3, 9))
+    k, v = compressor.decompress_kv(expected[1])
+    np.testing.assert_array_equal(restored[0][0], k[:, :, 3:9])
+    np.testing.assert_array_equal(restored[1][0], v[:, :, 3:9])
+
+
+def test_files(tmp_path, code):
+    code.save(tmp_path / "c")
+    assert SpanCode.load(tmp_path / "c") == code == pickle.loads(pickle.dumps(code))
+    calibration = SpanCalibration((SPAN,), rows=256, skip=0)
+    calibration.update({i: (k, v, k) for i, (k, v) in enumerate(zip(*make(400, 0), strict=True))})
+    calibration.provenance = {"text": "x"}
+    calibration.save(tmp_path / "s")
+    again = SpanCalibration.load(tmp_path / "s")
+    assert again.fingerprint == calibration.fingerprint
+    assert again.provenance == calibration.provenance
+    assert again.train(1.5).codes == calibration.train(1.5).codes
+    for known in (again, calibration):
+        known.update({i: (k, v, k) for i, (k, v) in enumerate(zip(*make(50, 1), strict=True))})
+    assert again.tokens == 450
+    assert again.fingerprint == calibration.fingerprint
+    with pytest.raises(UnknownLayer):
+        again.update({})
+    for load in (SpanCalibration.load, SpanCode.load):
+        (tmp_path / "bad").write_bytes(b"no")
+        with pytest.raises(CalibrationError):
+            load(tmp_path / "bad")
+    with pytest.raises(CalibrationError, match="format"):
+        SpanCode.load(tmp_path / "s")
+
+
+def test_files_of_ropes(tmp_path, code):
+    """Every scaling of RoPE comes back from a file."""
+    long = LongRopeScaling((1.0, 2.0), (3.0, 4.0), 64)
+    ropes = [RoPE(4, scaling=s) for s in (YarnScaling(4.0, 64), DynamicScaling(2.0, 64), long)]
+    span = Span((0, 1, 2), tuple(SpanLayer(1, 4, 2, rope) for rope in ropes))
+    replace(code, span=span).save(tmp_path / "c")
+    assert SpanCode.load(tmp_path / "c").span == span
+
+
+def test_spans_of_a_model():
+    """Layers with other windows hold other tokens; what is too wide is cut evenly."""
+    shape = SpanLayer(2, 4, 4)
+    layers = {i: (shape, 8 if i % 3 else None) for i in range(9)}
+    assert [s.layers for s in spans_of(layers)] == [(0, 3, 6), (1, 2, 4, 5, 7, 8)]
+    cut = spans_of(layers, max_width=4 * shape.width)
+    assert [s.layers for s in cut] == [(0, 3, 6), (1, 2, 4), (5, 7, 8)]
+    with pytest.raises(SettingError, match="max_width"):
+        spans_of(layers, max_width=17)
+
+
+@given(st.integers(1, 30), st.integers(0, 12), st.integers(0, 2**32 - 1))
+def test_stored_bases(width, components, seed):
+    """Half floats, bytes and nibbles are as close as they promise; rows keep their norms."""
+    rng = np.random.default_rng(seed)
+    components = min(components, width)
+    vectors = np.linalg.qr(rng.standard_normal((width, width)))[0][:components].astype("float32")
+    sizes = np.sort(np.exp(2 * rng.standard_normal(components)))[::-1]
+    span = Span((0,), (SpanLayer(1, width, 1),))
+    vectors = np.concatenate([vectors, np.zeros((components, 2), "float32")], axis=1)
+    known = store_basis(vectors, sizes)
+    others = [f.name for f in fields(SpanCode) if not f.name.startswith("basis")][2:]
+    code = SpanCode(span, 1.0, **dict.fromkeys(others, np.zeros(1)), **known)
+    assert code.components == components
+    error = np.linalg.norm(code.backward - vectors, axis=1)
+    limit = np.where(sizes >= 8, 2e-3, np.where(sizes >= 1, 0.02 * width**0.5, 0.8))
+    assert np.all(error < limit)
+    np.testing.assert_allclose(np.linalg.norm(code.backward, axis=1), 1, rtol=1e-3)
+
+
+def test_other_codes_are_refused(statistics, code):
+    keys, values = make(30, 4)
+    compressed = KVCacheCompressor(SpanTransform(code)).compress_cache(keys, values)
+    other = train_span(statistics, 2.0)
+    assert other != code
+    with pytest.raises(CalibrationError, match=code.fingerprint[:12]):
+        KVCacheCompressor(SpanTransform(other)).decompress_cache(compressed)
+    with pytest.raises(CalibrationError, match="SpanTransform"):
+        KVCacheCompressor(GroupQuantization()).decompress_cache(compressed)
+    # Any of several will do.
+    moved = replace(other, span=replace(other.span, layers=(3, 4, 5)))
+    both = KVCacheCompressor(SpanTransform((moved, code)))
+    assert len(both.decompress_cache(compressed)[0]) == 3
+
+
+@pytest.mark.parametrize("name", ["words", "lengths"])
+def test_damage_is_found(code, name):
+    keys, values = make(30, 6)
+    compressor = KVCacheCompressor(SpanTransform(code))
+    compressed = compressor.compress_cache(keys, values)
+    (part,) = compressed.parts
+    x = part.payload[name].copy()
+    x.reshape(-1)[9] ^= 0xFF
+    broken = replace(compressed, parts=(replace(part, payload={**part.payload, name: x}),))
+    with pytest.raises(CodingError, match="damaged"):
+        compressor.decompress_cache(broken)
+
+
+def test_errors(code, statistics):
+    compressor = KVCacheCompressor(SpanTransform(code))
+    keys, values = make(10, 8)
+    with pytest.raises(SettingError, match="compress_cache"):
+        compressor.compress_kv(keys[0], values[0])
+    with pytest.raises(SettingError, match="layers"):
+        compressor.compress_cache(keys[:2], values[:2])
+    with pytest.raises(ShapeError, match="values of 2"):
+        compressor.compress_cache(keys, values[:2])
+    with pytest.raises(ShapeError, match="layer 1"):
+        compressor.compress_cache(
+            [keys[0], keys[1][:, :1], keys[2]], [values[0], values[1][:, :1], values[2]]
+        )
+    with pytest.raises(ShapeError, match="positions"):
+        compressor.compress_cache(keys, values, positions=np.arange(9))
+    with pytest.raises(LayoutError):
+        compressor.decompress_cache(compressor)
+    compressed = compressor.compress_cache(keys, values)
+    with pytest.raises(UnknownLayer):
+        compressor.decompress_cache(compressed, layers=[3])
+    with pytest.raises(SettingError, match="slice"):
+        compressor.decompress_cache(compressed, tokens=slice(0, 9, 2))
+    with pytest.raises(SettingError, match="only"):
+        SpanTransform((code, code))
+    with pytest.raises(SettingError):
+        SpanTransform(())
+    with pytest.raises(SettingError, match="bits"):
+        train_span(statistics, 0)
+    with pytest.raises(CalibrationError, match="256"):
+        train_span(SpanStatistics(SPAN), 1.0)
+
+
+def test_statistics_are_those_of_the_rows():
+    """Means, covariance and weights against NumPy's on all rows at once."""
+    keys, values = make(700, 21, batch=2)
+    rng = np.random.default_rng(0)
+    queries = [rng.standard_normal((2, 3 * HEADS, 700, DIM)).astype("float32") for _ in range(3)]
+    statistics = SpanStatistics(SPAN, rows=300, skip=5)
+    statistics.update(keys, values, queries)
+    rows = SPAN.join([k[:, :, 5:] for k in keys], [v[:, :, 5:] for v in values], np.arange(5, 700))
+    sample = {row.tobytes() for row in statistics.sample}
+    others = np.array([row for row in rows if row.astype("float16").tobytes() not in sample])
+    assert len(others) == 2 * 695 - 300
+    np.testing.assert_allclose(statistics.mean, others.mean(0), atol=1e-3)
+    np.testing.assert_allclose(
+        statistics.covariance(), np.cov(others.T, bias=True), rtol=1e-2, atol=2e-3
+    )
+    power = (queries[0].astype("float64") ** 2).mean((0, 2)).reshape(HEADS, 3, DIM).mean(1)
+    power = (power[:, : DIM // 2] + power[:, DIM // 2 :]) / 2
+    expected = np.concatenate([power, power], axis=1).ravel() / DIM
+    np.testing.assert_allclose(statistics.weights[: HEADS * DIM], expected, rtol=1e-6)
+    known = {row.tobytes() for row in rows.astype("float16")}
+    assert all(row.tobytes() in known for row in statistics.sample)
+    assert len(statistics.sample) == 300
