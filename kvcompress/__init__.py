@@ -36,11 +36,11 @@ from kvcompress.methods import (
 )
 from kvcompress.plan import Plan, plan
 from kvcompress.rope import RoPE
-from kvcompress.span import Span, SpanLayer
-from kvcompress.span_calibration import SpanCalibration, spans_of
-from kvcompress.span_code import SpanCode
-from kvcompress.span_statistics import SpanStatistics
-from kvcompress.span_training import span_basis, train_span
+from kvcompress.spans.calibration import SpanCalibration, spans_of
+from kvcompress.spans.code import SpanCode
+from kvcompress.spans.span import Span, SpanLayer
+from kvcompress.spans.statistics import SpanStatistics
+from kvcompress.spans.training import span_basis, train_span
 
 __version__ = "0.1.0"
 

@@ -11,7 +11,7 @@ from kvcompress.compressed_cache import CompressedSpan
 from kvcompress.errors import DTypeError, NamespaceError, ShapeError
 from kvcompress.layer_statistics import HostArray
 from kvcompress.methods import span_transform
-from kvcompress.span_code import SpanCode
+from kvcompress.spans.code import SpanCode
 
 
 def compress_span(

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompress.coefficient_model import (
+from kvcompress.errors import CodingError
+from kvcompress.spans.coefficient_model import (
     CLASSES,
     LARGEST,
     SYMBOLS,
@@ -15,8 +16,7 @@ from kvcompress.coefficient_model import (
     classes_of,
     fit,
 )
-from kvcompress.errors import CodingError
-from kvcompress.rans import PRECISION, TOTAL, Decoder, Encoder
+from kvcompress.spans.rans import PRECISION, TOTAL, Decoder, Encoder
 
 
 def table(rng: np.random.Generator, symbols: int) -> tuple[np.ndarray, np.ndarray]:

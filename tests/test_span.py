@@ -31,8 +31,8 @@ from kvcompress import (
 )
 from kvcompress.methods.span_transform import BLOCK, largest_nbytes
 from kvcompress.rope_scaling import DynamicScaling, LongRopeScaling, YarnScaling
-from kvcompress.span_calibration import spans_of
-from kvcompress.span_code import store_basis
+from kvcompress.spans.calibration import spans_of
+from kvcompress.spans.code import store_basis
 
 LAYERS, HEADS, DIM, VALUE_DIM = 3, 2, 8, 6
 SPAN = Span(

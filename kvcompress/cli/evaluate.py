@@ -23,7 +23,7 @@ from kvcompress.cli.plot import check_plot
 from kvcompress.cli.rates import NAMES, SPAN, TRANSFORM, compressors, supports
 from kvcompress.cli.scoring import Report, Result, Row, Tally, result, score
 from kvcompress.metrics import HostArray
-from kvcompress.span_calibration import SpanCalibration
+from kvcompress.spans.calibration import SpanCalibration
 
 HEADINGS = (
     "method",

@@ -27,7 +27,7 @@ from kvcompress._namespace import narrow, to_host
 from kvcompress.errors import ShapeError, UnsupportedModel
 from kvcompress.metrics import HostArray, relative_error
 from kvcompress.rope import RoPE
-from kvcompress.span import SpanLayer
+from kvcompress.spans.span import SpanLayer
 
 Tensor: TypeAlias = Any
 Cache: TypeAlias = Any

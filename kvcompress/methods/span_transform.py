@@ -13,8 +13,8 @@ from kvcompress._namespace import Array, Namespace, array_namespace, astype, dev
 from kvcompress.errors import CalibrationError, CodingError, SettingError
 from kvcompress.layer_statistics import HostArray
 from kvcompress.methods.base import Payload
-from kvcompress.rans import TOTAL, Decoder, Encoder
-from kvcompress.span_code import REST_STEPS, SpanCode
+from kvcompress.spans.code import REST_STEPS, SpanCode
+from kvcompress.spans.rans import TOTAL, Decoder, Encoder
 
 BLOCK = 256
 """Rows in work at a time."""

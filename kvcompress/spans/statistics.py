@@ -16,8 +16,8 @@ from kvcompress.errors import (
 )
 from kvcompress.layer_statistics import HostArray, digest
 from kvcompress.rope import RoPE
-from kvcompress.span import Span
-from kvcompress.span_files import span_from_dict, span_to_dict
+from kvcompress.spans.files import span_from_dict, span_to_dict
+from kvcompress.spans.span import Span
 
 _LEAST = 256
 """Tokens without which there is nothing to train on."""

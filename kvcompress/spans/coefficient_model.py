@@ -15,7 +15,7 @@ import numpy as np
 
 from kvcompress.errors import CodingError
 from kvcompress.layer_statistics import HostArray
-from kvcompress.rans import PRECISION, TOTAL, Decoder, Encoder
+from kvcompress.spans.rans import PRECISION, TOTAL, Decoder, Encoder
 
 LARGEST = 15
 """Largest magnitude that has a symbol; what exceeds it follows in bits of its own."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcompress.coefficient_model import CLASSES, CoefficientModel, classes_of, fit
 from kvcompress.errors import SettingError
 from kvcompress.layer_statistics import HostArray
-from kvcompress.span_code import REST_STEPS, SpanCode, store_basis
-from kvcompress.span_statistics import SpanStatistics
+from kvcompress.spans.code import REST_STEPS, SpanCode, store_basis
+from kvcompress.spans.coefficient_model import CLASSES, CoefficientModel, classes_of, fit
+from kvcompress.spans.statistics import SpanStatistics
 
 LAGRANGE = 0.06
 """Squared error, in steps, that a bit is worth: of the entropy-coded uniform quantizer at high rate

@@ -13,12 +13,12 @@ from kvcompress._namespace import Array
 from kvcompress.errors import CalibrationError, KVCompressError, SettingError, UnknownLayer
 from kvcompress.layer_statistics import digest
 from kvcompress.methods.span_transform import SpanTransform
-from kvcompress.span import Span
-from kvcompress.span_files import load_arrays, save_arrays
-from kvcompress.span_statistics import ROWS, SpanStatistics
-from kvcompress.span_training import SHARE, SpanBasis, span_basis, train_span
+from kvcompress.spans.files import load_arrays, save_arrays
+from kvcompress.spans.span import Span
+from kvcompress.spans.statistics import ROWS, SpanStatistics
+from kvcompress.spans.training import SHARE, SpanBasis, span_basis, train_span
 
-FORMAT = "kvcompress.span-calibration.1"
+FORMAT = "kvcompress.spans.span-calibration.1"
 
 MAX_WIDTH = 12288
 """Numbers of a token in one span, where nothing else is said: 600 MB of covariance."""

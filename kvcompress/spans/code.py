@@ -10,13 +10,13 @@ from os import PathLike
 
 import numpy as np
 
-from kvcompress.coefficient_model import CoefficientModel
 from kvcompress.errors import CalibrationError, KVCompressError
 from kvcompress.layer_statistics import HostArray, digest
-from kvcompress.span import Span
-from kvcompress.span_files import load_arrays, save_arrays, span_from_dict, span_to_dict
+from kvcompress.spans.coefficient_model import CoefficientModel
+from kvcompress.spans.files import load_arrays, save_arrays, span_from_dict, span_to_dict
+from kvcompress.spans.span import Span
 
-FORMAT = "kvcompress.span-code.1"
+FORMAT = "kvcompress.spans.span-code.1"
 
 HALF, BYTE = 8.0, 1.0
 """Root mean squares of coefficients, in steps, from which their row of the basis is half floats, or

@@ -15,7 +15,7 @@ from kvcompress.errors import CalibrationError
 from kvcompress.layer_statistics import HostArray
 from kvcompress.rope import RoPE
 from kvcompress.rope_scaling import RopeScaling
-from kvcompress.span import Span, SpanLayer
+from kvcompress.spans.span import Span, SpanLayer
 
 
 def span_to_dict(span: Span) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Layers coded together: their rows, statistics, bases, and the entropy coder."""
