@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress.ops import allocate, dequantize_allocated, quantize_allocated
+from kvcompress.ops.allocated import round_allocated
 from kvcompress.ops.lloyd_max import distortions, levels
 
 
@@ -63,6 +64,8 @@ def test_codes_against_loops(xp, bits):
     decoded = xp.run(dequantize_allocated, packed, xp.asarray(depths), bits=bits)
     decoded = xp.numpy(decoded)
     assert (decoded.dtype, decoded.shape) == (np.float32, x.shape)
+    rounded = xp.numpy(xp.run(round_allocated, xp.asarray(x), xp.asarray(depths)))
+    np.testing.assert_array_equal(rounded, decoded)
     for h in range(heads):
         for t in range(tokens):
             slots = []

@@ -14,12 +14,16 @@ from kvcompress.ops.allocated import (
     allocate,
     dequantize_allocated,
     quantize_allocated,
+    round_allocated,
 )
 from kvcompress.ops.packing import packed_size
 from kvcompress.ops.pca import principal_components
 
 WIDENINGS = (1.0, 1.5, 2.0, 3.0, 4.0)
 """By how much the levels for normal numbers may be spread to reach what lies far out."""
+
+SAMPLE = 1024
+"""Tokens, evenly spaced, that this is judged by."""
 
 GAIN_BITS = 9
 """What the gain of a token takes: a byte, and the ends of 32 gains."""
@@ -88,19 +92,19 @@ def _encode(total: int, x: Array, dtype: str, ops: Ops) -> Payload:
     y = x @ xp.matrix_transpose(xp.linalg.inv(_basis(payload, ops)))
     deviation = xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True) / max(x.shape[-2], 1))
     payload["depths"] = allocate((deviation * deviation)[:, 0, :], total)
-    payload["step"] = narrow(_best_step(total, y, deviation, payload["depths"], ops), dtype)
+    payload["step"] = narrow(_best_step(y, deviation, payload["depths"]), dtype)
     y = _over(y, astype(payload["step"], "float32"))
     payload["codes"] = ops(quantize_allocated, y, payload["depths"], bits=total)
     return payload
 
 
-def _best_step(total: int, y: Array, deviation: Array, depths: Array, ops: Ops) -> Array:
+def _best_step(y: Array, deviation: Array, depths: Array) -> Array:
     """What to take for a component's deviation: more, where a few tokens lie far out."""
     xp, errors = array_namespace(y), []
+    y = y[:, :: max(1, y.shape[1] // SAMPLE), :]
     for widening in WIDENINGS:
         step = deviation * widening
-        codes = ops(quantize_allocated, _over(y, step), depths, bits=total)
-        error = y - ops(dequantize_allocated, codes, depths, bits=total) * step
+        error = y - round_allocated(_over(y, step), depths) * step
         errors.append(xp.sum(error * error, axis=-2, keepdims=True))
     best = xp.argmin(xp.stack(errors), axis=0)
     table = xp.asarray(WIDENINGS, dtype=xp.float32, device=device(y))

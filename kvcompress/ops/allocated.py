@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import math
 
-from kvcompress._namespace import Array, array_namespace, device
+import numpy as np
+
+from kvcompress._namespace import Array, array_namespace, device, map_blocks
 from kvcompress.ops.lloyd_max import (
     CELLS_PER_UNIT,
     LARGEST,
     all_cells,
     all_levels,
+    all_rounded,
     distortions,
 )
 from kvcompress.ops.outliers import largest
@@ -23,6 +26,9 @@ from kvcompress.ops.packing import pack, unpack
 
 DEEPEST = 8
 """Bits that one component can get."""
+
+SLOTS = 2**20
+"""Bits held as numbers at a time."""
 
 
 def allocate(variances: Array, bits: int) -> Array:
@@ -68,17 +74,24 @@ def quantize_allocated(x: Array, depths: Array, *, bits: int) -> Array:
     array ``[heads, tokens, packed_size(bits, 1)]``, uint8
     """
     xp = array_namespace(x, depths)
-    table = xp.asarray(all_cells(), device=device(x))
-    count = 2 * LARGEST * CELLS_PER_UNIT
-    cell = xp.floor(xp.clip(x, -float(LARGEST), float(LARGEST)) * CELLS_PER_UNIT)
-    cell = xp.clip(cell + count / 2, 0.0, count - 1.0)
-    cell = xp.astype(cell, xp.int32) + xp.astype(depths, xp.int32)[:, None, :] * count
-    codes = xp.reshape(xp.take(table, xp.reshape(cell, (math.prod(cell.shape),))), x.shape)
     component, weight = _slots(depths, bits)
-    # By matrix products, which every library is quick at; whole numbers below 2**8 stay exact.
     select = xp.astype(component, xp.float32)
-    slots = xp.floor((xp.astype(codes, xp.float32) @ select) / weight)
-    return pack(xp.astype(slots - 2.0 * xp.floor(slots / 2), xp.uint8), 1)
+
+    def block(rows: Array) -> Array:
+        # Tokens first, to be cut into blocks. By matrix products, which every library is quick at;
+        # whole numbers below 2**8 stay exact.
+        codes = _looked_up(all_cells(), xp.permute_dims(rows, (1, 0, 2)), depths)
+        slots = xp.floor((xp.astype(codes, xp.float32) @ select) / weight)
+        slots = xp.astype(slots - 2.0 * xp.floor(slots / 2), xp.uint8)
+        return xp.permute_dims(pack(slots, 1), (1, 0, 2))
+
+    count = _rows(x.shape[0], bits)
+    return xp.permute_dims(map_blocks(block, count, xp.permute_dims(x, (1, 0, 2))), (1, 0, 2))
+
+
+def round_allocated(x: Array, depths: Array) -> Array:
+    """What `dequantize_allocated` makes of what `quantize_allocated` makes of `x`, at once."""
+    return _looked_up(all_rounded(), x, depths)
 
 
 def dequantize_allocated(packed: Array, depths: Array, *, bits: int) -> Array:
@@ -92,10 +105,33 @@ def dequantize_allocated(packed: Array, depths: Array, *, bits: int) -> Array:
     xp = array_namespace(packed, depths)
     component, weight = _slots(depths, bits)
     table = xp.asarray(all_levels(), device=device(packed))
-    slots = xp.astype(unpack(packed, 1, bits), xp.float32)
-    codes = slots @ xp.matrix_transpose(xp.astype(component, xp.float32) * weight)
-    index = xp.astype(codes, xp.int32) + xp.astype(depths, xp.int32)[:, None, :] * 2**DEEPEST
-    return xp.reshape(xp.take(table, xp.reshape(index, (math.prod(index.shape),))), index.shape)
+    join = xp.matrix_transpose(xp.astype(component, xp.float32) * weight)
+    first = xp.astype(depths, xp.int32)[:, None, :] * 2**DEEPEST
+
+    def block(rows: Array) -> Array:
+        slots = unpack(xp.permute_dims(rows, (1, 0, 2)), 1, bits)
+        index = xp.astype(xp.astype(slots, xp.float32) @ join, xp.int32) + first
+        levels = xp.take(table, xp.reshape(index, (math.prod(index.shape),)))
+        return xp.permute_dims(xp.reshape(levels, index.shape), (1, 0, 2))
+
+    count = _rows(packed.shape[0], bits)
+    return xp.permute_dims(map_blocks(block, count, xp.permute_dims(packed, (1, 0, 2))), (1, 0, 2))
+
+
+def _looked_up(cells: np.ndarray, x: Array, depths: Array) -> Array:
+    """Entries of a table over the cells of every depth, for the cell and depth of every number."""
+    xp = array_namespace(x, depths)
+    count = 2 * LARGEST * CELLS_PER_UNIT
+    cell = xp.floor(xp.clip(x, -float(LARGEST), float(LARGEST)) * CELLS_PER_UNIT)
+    cell = xp.clip(cell + count / 2, 0.0, count - 1.0)
+    cell = xp.astype(cell, xp.int32) + xp.astype(depths, xp.int32)[:, None, :] * count
+    table = xp.asarray(cells, device=device(x))
+    return xp.reshape(xp.take(table, xp.reshape(cell, (math.prod(cell.shape),))), x.shape)
+
+
+def _rows(heads: int, bits: int) -> int:
+    """Tokens in work at a time."""
+    return max(1, SLOTS // max(1, heads * bits))
 
 
 def _slots(depths: Array, bits: int) -> tuple[Array, Array]:
