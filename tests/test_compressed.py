@@ -188,4 +188,4 @@ def test_unpickled_in_a_fresh_process_it_is_a_pytree():
     out = subprocess.run(
         [sys.executable, "-c", program], input=pickle.dumps(z), capture_output=True, check=True
     )
-    assert out.stdout.split() == [b"16", b"CompressedKV"]
+    assert out.stdout.split() == [b"17", b"CompressedKV"]

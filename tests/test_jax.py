@@ -70,7 +70,7 @@ def test_it_is_a_pytree_with_static_metadata():
     compressor = KVCacheCompressor(METHODS[1], value_method=METHODS[0], sinks=2)
     z = compressor.compress_kv(*kv())
     leaves, tree = jax.tree_util.tree_flatten(z)
-    assert len(leaves) == 8 + 4 + 2
+    assert len(leaves) == 9 + 4 + 2
     assert all(isinstance(x, jax.Array) for x in leaves)
     assert sum(x.nbytes for x in leaves) == z.nbytes
     again = jax.tree_util.tree_unflatten(tree, leaves)
