@@ -23,7 +23,7 @@ WIDENINGS = (1.0, 1.5, 2.0, 3.0, 4.0)
 """By how much the levels for normal numbers may be spread to reach what lies far out."""
 
 SAMPLE = 1024
-"""Tokens, evenly spaced, that this is judged by."""
+"""Tokens at least, evenly spaced, that this is judged by."""
 
 GAIN_BITS = 9
 """What the gain of a token takes: a byte, and the ends of 32 gains."""

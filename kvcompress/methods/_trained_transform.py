@@ -81,9 +81,9 @@ def decode(code: LayerCode, payload: Payload, role: Role, ops: Ops) -> Array:
     return x * _norms(payload["norms"], tables.log_norm(x))[..., None]
 
 
-def heads_together(code: LayerCode, role: Role) -> int:
-    """Heads in a span."""
-    return len(code.log_norm) // len(_part(code, role).forward)
+def heads_together(code: LayerCode) -> int:
+    """Heads in a span, of keys and of values alike."""
+    return len(code.log_norm) // len(code.keys.forward)
 
 
 def _part(code: LayerCode, role: Role) -> RoleCode:

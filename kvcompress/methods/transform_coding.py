@@ -146,7 +146,7 @@ class TransformCoding(Method):
         )
         if kept := self._kept(spec.shape[1], role):
             heads, _, head_dim = spec.shape
-            together = self._together(role)
+            together = self._together
             rows, width = heads // together, head_dim * together
             payload["exact_index"] = TensorSpec((rows, kept), "int32")
             payload["exact_value"] = TensorSpec((rows, kept, width), spec.dtype)
@@ -159,7 +159,7 @@ class TransformCoding(Method):
             payload, errors = _own_transform.encode(self.bits, x, ops)
         if kept := self._kept(x.shape[1], role):
             index = largest(errors(), kept)
-            exact = gather_rows(join_heads(x, self._together(role)), index)
+            exact = gather_rows(join_heads(x, self._together), index)
             payload |= {"exact_index": index, "exact_value": exact}
         return payload
 
@@ -169,7 +169,7 @@ class TransformCoding(Method):
         else:
             x = _own_transform.decode(self.bits, payload, spec, ops)
         if self._kept(spec.shape[1], role):
-            together, exact = self._together(role), astype(payload["exact_value"], "float32")
+            together, exact = self._together, astype(payload["exact_value"], "float32")
             x = put_rows(join_heads(x, together), payload["exact_index"], exact)
             x = split_heads(x, together)
         return x
@@ -178,7 +178,8 @@ class TransformCoding(Method):
         """Keys that are kept as they are: none of a few tokens, one of a hundred."""
         return math.floor(self.exact * tokens + 0.5) if role == "keys" else 0
 
-    def _together(self, role: Role) -> int:
+    @property
+    def _together(self) -> int:
         """Heads that are coded together."""
         code = self.code
-        return _trained_transform.heads_together(code, role) if code else 1
+        return _trained_transform.heads_together(code) if code else 1

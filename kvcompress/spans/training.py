@@ -113,7 +113,7 @@ def train_span(
     ----------
     statistics : SpanStatistics
     bits : float
-        Bits per value, met within 1 % on the calibration's own rows.
+        Bits per value on the calibration's own rows; texts unlike them take more.
     basis : SpanBasis, optional
         Of the same statistics, where several rates are trained: most of the time goes there.
 
