@@ -7,26 +7,21 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from kvcompress._namespace import (
     FLOATING,
     Array,
     array_namespace,
-    device,
     dtype_name,
-    is_concrete,
     narrow,
 )
 from kvcompress.backend import Ops, select
+from kvcompress.checks import check_dtypes, check_finite, check_shapes
 from kvcompress.compressed import CompressedKV, CompressedTensor, KVLayout
 from kvcompress.compressed_cache import CompressedCache
 from kvcompress.errors import (
     CalibrationError,
     DTypeError,
     LayoutError,
-    NamespaceError,
-    NonFiniteError,
     SettingError,
     ShapeError,
     UnknownLayer,
@@ -34,11 +29,7 @@ from kvcompress.errors import (
 )
 from kvcompress.methods.base import Method, Role, TensorSpec
 from kvcompress.methods.span_transform import SpanTransform
-from kvcompress.ops.bounds import within
 from kvcompress.whole_cache import compress_span, decompress_span, positions_of
-
-LARGEST = 2.0**120
-"""Largest magnitude accepted: what is computed from such still fits float32."""
 
 QUANT_BITS = (2, 3, 4, 8)
 
@@ -187,8 +178,8 @@ class KVCacheCompressor:
             raise ShapeError(f"got keys of {len(keys)} layers and values of {len(values)}")
         for k, v in zip(keys, values, strict=True):
             array_namespace(k, v)
-            _check_shapes(k, v, KVLayout.BATCHED, 4)
-            _check_dtypes(k, v)
+            check_shapes(k, v, KVLayout.BATCHED, 4)
+            check_dtypes(k, v)
         places = positions_of([k.shape[2] for k in keys], positions)
         sinks = [self.sinks if not len(p) or p[0] == 0 else 0 for p in places]
         if not isinstance(self.method, SpanTransform):
@@ -201,8 +192,8 @@ class KVCacheCompressor:
         if known != list(range(len(keys))):
             raise SettingError(f"the spans have layers {known}, got {len(keys)} layers")
         ops = select(self.backend)
-        ks = [self._finite(k, "keys", ops) for k in keys]
-        vs = [self._finite(v, "values", ops) for v in values]
+        ks = [check_finite(k, "keys", ops, self.nonfinite) for k in keys]
+        vs = [check_finite(v, "values", ops, self.nonfinite) for v in values]
         for code in self.method.codes:
             code.span.check(*([x[i] for i in code.span.layers] for x in (keys, values)))
         spans = [
@@ -372,14 +363,14 @@ class KVCacheCompressor:
 
     def _compress(self, k: Array, v: Array, layout: KVLayout, *, ndim: int) -> CompressedKV:
         array_namespace(k, v)
-        _check_shapes(k, v, layout, ndim)
-        dtype = _check_dtypes(k, v)
+        check_shapes(k, v, layout, ndim)
+        dtype = check_dtypes(k, v)
         ops = select(self.backend)
         tensors: dict[Role, Array] = {"keys": k, "values": v}
         for role, x in tensors.items():
             # Settings that do not fit the shape raise here, before anything is computed.
             self._method(role).encoded_spec(self._split_spec(x.shape, dtype)[0], role)
-        finite = {role: self._finite(x, role, ops) for role, x in tensors.items()}
+        finite = {role: check_finite(x, role, ops, self.nonfinite) for role, x in tensors.items()}
         keys, values = (self._encode(x, role, ops) for role, x in finite.items())
         sinks = min(self.sinks, k.shape[-2])
         return CompressedKV(keys, values, layout, (tuple(k.shape), tuple(v.shape)), dtype, sinks)
@@ -434,18 +425,6 @@ class KVCacheCompressor:
             )
         return method.bind(self.quant_bits)
 
-    def _finite(self, x: Array, role: Role, ops: Ops) -> Array:
-        xp, dtype = array_namespace(x), dtype_name(x.dtype)
-        limit = min(LARGEST, float(xp.finfo(x.dtype).max)) if dtype == "float16" else LARGEST
-        if self.nonfinite == "saturate":
-            # No clip: NumPy has none for bfloat16.
-            x = xp.where(xp.isnan(x), xp.zeros_like(x), x)
-            x = xp.where(x > limit, xp.full_like(x, limit), x)
-            return xp.where(x < -limit, xp.full_like(x, -limit), x)
-        if is_concrete(x) and not bool(ops(within, x, limit=limit)):
-            raise NonFiniteError(_first(~(xp.abs(x) <= limit), x, role))
-        return x
-
 
 _DECOMPRESS = {
     KVLayout.BATCHED: "decompress_kv",
@@ -469,47 +448,3 @@ def _fold(shape: tuple[int, ...]) -> tuple[int, int, int]:
     """``[..., tokens, head_dim]`` as ``[heads, tokens, head_dim]``: batch folded into the heads."""
     *lead, tokens, head_dim = shape
     return math.prod(lead), tokens, head_dim
-
-
-def _check_shapes(k: Array, v: Array, layout: KVLayout, ndim: int) -> None:
-    for name, x in (("k", k), ("v", v)):
-        if x.ndim != ndim:
-            hint = {3: "; see compress_kv_3d", 4: "; see compress_kv"}.get(x.ndim, "")
-            raise ShapeError(
-                f"{name} must have {ndim} dimensions {layout.value}, "
-                f"got {x.ndim}: shape {tuple(x.shape)}{hint}"
-            )
-        if x.shape[-1] == 0:
-            raise ShapeError(f"head_dim of {name} must be at least 1, got shape {tuple(x.shape)}")
-    if tuple(k.shape[:-1]) != tuple(v.shape[:-1]):
-        raise ShapeError(
-            f"k and v must agree in all sizes but the last, "
-            f"got {tuple(k.shape)} and {tuple(v.shape)}"
-        )
-
-
-def _check_dtypes(k: Array, v: Array) -> str:
-    kinds = [dtype_name(x.dtype) for x in (k, v)]
-    for name, kind in zip("kv", kinds, strict=True):
-        if kind not in FLOATING:
-            raise DTypeError(
-                f"{name} must be {', '.join(FLOATING[:-1])} or {FLOATING[-1]}, got {kind}; "
-                "cast it knowingly first"
-            )
-    if kinds[0] != kinds[1]:
-        raise DTypeError(f"k and v must have one dtype, got {kinds[0]} and {kinds[1]}")
-    if device(k) != device(v):
-        raise NamespaceError(f"k and v must be on one device, got {device(k)} and {device(v)}")
-    return kinds[0]
-
-
-def _first(bad: Array, x: Array, role: Role) -> str:
-    """Say where the first bad value is."""
-    xp = array_namespace(x)
-    flat = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.uint8)))
-    where = tuple(int(i) for i in np.unravel_index(flat, x.shape))
-    count = int(xp.sum(xp.astype(bad, xp.int32)))
-    return (
-        f"{role} hold {float(x[where])} at index {list(where)}, and {count - 1} more values that "
-        f'are not finite or exceed {LARGEST:.3g}; nonfinite="saturate" accepts them'
-    )

@@ -26,7 +26,7 @@ from kvcompress import (
     ShapeError,
     VectorQuantization,
 )
-from kvcompress.compressor import LARGEST
+from kvcompress.checks import LARGEST
 from kvcompress.testing import strategies as kvst
 
 DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": ml_dtypes.bfloat16}

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from kvcompress._namespace import FLOATING, dtype_of, namespace_of
-from kvcompress.compressor import LARGEST, QUANT_BITS, KVCacheCompressor
+from kvcompress.checks import LARGEST
+from kvcompress.compressor import QUANT_BITS, KVCacheCompressor
 from kvcompress.methods import (
     GroupQuantization,
     Hybrid,
