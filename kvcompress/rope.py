@@ -112,6 +112,11 @@ class RoPE:
         """Whether `apply` and `undo` need `seq_len`."""
         return self.scaling is not None and self.scaling.depends_on_length
 
+    @property
+    def magnitude(self) -> float:
+        """What `apply` multiplies by, besides rotating."""
+        return 1.0 if self.scaling is None else self.scaling.magnitude
+
     def apply(self, x: Array, positions: Array, /, *, seq_len: int | None = None) -> Array:
         """Rotate tokens by their positions, and multiply them by the scaling's magnitude.
 
@@ -150,9 +155,8 @@ class RoPE:
         frequencies = xp.asarray(self._frequencies(seq_len), device=device(x))
         angle = xp.astype(positions, xp.float32)[..., None] * frequencies
         cos, sin = xp.cos(angle), xp.sin(angle)
-        magnitude = 1.0 if self.scaling is None else self.scaling.magnitude
-        if magnitude != 1.0:
-            gain = magnitude if forward else 1 / magnitude
+        if self.magnitude != 1.0:
+            gain = self.magnitude if forward else 1 / self.magnitude
             cos, sin = cos * gain, sin * gain
         full, half = astype(x[..., : self.dim], "float32"), self.dim // 2
         if self.interleaved:

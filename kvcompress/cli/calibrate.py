@@ -22,6 +22,9 @@ from kvcompress.spans.calibration import SpanCalibration, spans_of
 if TYPE_CHECKING:
     from kvcompress.integrations.transformers import LanguageModel
 
+WEIGHED = 40_000
+"""Tokens of which gradients are taken: more hardly change what is learned from them."""
+
 SAVE_EVERY = 60.0
 """Seconds of work that an interruption may cost."""
 
@@ -69,7 +72,8 @@ def calibrate(
     """Gather what `TransformCoding` must know of a MODEL, from texts like those to come.
 
     With --span model, what `SpanTransform` must know: a covariance of everything that the cache
-    holds of a token, of four bytes times the square of these numbers.
+    holds of a token, of four bytes times the square of these numbers, and the gradients of the
+    model's predictions by it.
 
     MODEL is a directory, a name on the Hugging Face hub, or a .gguf file. Needs the extra hf.
     The result is saved every minute; the same command goes on where it was interrupted, and one
@@ -159,13 +163,22 @@ def _run(
     calibration: Calibration | SpanCalibration,
     output: Path,
 ) -> None:
+    from kvcompress.integrations.fisher import cache_gradients
     from kvcompress.integrations.transformers import capture
 
     saved = time.monotonic()
     for sequence in sequences:
         captured = capture(lm, sequence)
         if isinstance(calibration, SpanCalibration):
-            calibration.update(dict(enumerate(captured.values())))
+            keys, values, _ = zip(*captured.values(), strict=True)
+            gradients = None
+            if calibration.weighed < WEIGHED:
+                seed = calibration.provenance["sequences"]
+                by_keys, by_values = zip(
+                    *cache_gradients(lm, sequence, seed=seed).values(), strict=True
+                )
+                gradients = by_keys, by_values
+            calibration.update(keys, values, gradients)
         else:
             for layer, (k, v, q) in captured.items():
                 calibration.update(layer, k, v, q)

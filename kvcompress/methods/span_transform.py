@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -14,10 +15,18 @@ from kvcompress.errors import CalibrationError, CodingError, SettingError
 from kvcompress.layer_statistics import HostArray
 from kvcompress.methods.base import Payload
 from kvcompress.spans.code import REST_STEPS, SpanCode
+from kvcompress.spans.coefficient_model import CLASSES, OCTAVE, REACH, classes_of, token_levels
+from kvcompress.spans.metric import weigh_layer
 from kvcompress.spans.rans import TOTAL, Decoder, Encoder
 
 BLOCK = 256
 """Rows in work at a time."""
+
+MEAN_FROM = 128
+"""Tokens of a sequence from which their mean is kept beside them."""
+
+LANES = 64
+"""Parts of a mean that are coded side by side."""
 
 _PLAIN, _REST, _RAW = range(3)
 """What a token has: coefficients; what they leave, too; or its row as it is, float32."""
@@ -31,8 +40,17 @@ _LARGEST = 2.0**28
 _OBLIQUE = 0.005
 """How far whole numbers make the basis from orthonormal, where errors are estimated."""
 
+_NOTHING = np.zeros(0, np.uint16), np.zeros(0, np.int64)
+"""Words and lengths of no lanes."""
+
 _CLIPPED = 2.0**50
 """Rows are clipped to this, where only their coefficients are computed from it."""
+
+_FAR = 16.0
+"""Power, over the median, of rows that are not like others."""
+
+_LARGEST_MEAN, _LARGEST_SHIFT = 2.0**14, 16
+"""Of means in steps, and of the binary logarithms of what they are multiplied by."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +59,11 @@ class SpanTransform:
 
     Keys before RoPE, values over their norms, and the logarithms of these norms, of all layers of a
     span and all their heads, are a row of numbers for every token; each counts by what its error
-    does to attention. They go to the principal components of such rows, are rounded to multiples of
-    one step (which is reverse water-filling, once entropy-coded), and coded by tables of integers
-    that adapt to every token. Tokens that the basis does not hold well get the rest coded as well.
+    does to the predictions of the model. They go, less the mean of the sequence, to the principal
+    components of such rows, are rounded to multiples of a step (which is reverse water-filling,
+    once entropy-coded) that is finer for tokens likely to be attended to, and coded by tables of
+    integers that adapt to every token. Tokens that the basis does not hold well get the rest coded
+    as well.
 
     Not a `Method`: it sees layers, not a tensor, and `KVCacheCompressor.compress_cache` alone can
     use it. Runs eagerly: the size of what it makes follows from the data.
@@ -92,8 +112,9 @@ class SpanTransform:
 
 def largest_nbytes(code: SpanCode, rows: int) -> int:
     """Bytes that `encode` makes of so many rows at most: a bound, which is never nearly met."""
-    words = 4 + (code.components + code.span.width) * 5
-    return rows * (4 + 2 * words)
+    words = 5 + (code.components + code.span.width) * 5
+    means = rows // MEAN_FROM
+    return rows * (4 + 2 * words) + means * (2 + LANES * (4 + 2 * 4) + 2 * code.span.width * 5)
 
 
 def encode(
@@ -108,9 +129,8 @@ def encode(
     like = keys[0]
     xp, batch, tokens = array_namespace(like), like.shape[0], like.shape[2]
     tables = _forward(code, xp, device(like))
-    words: list[HostArray] = [np.zeros(0, np.uint16)]
-    lengths: list[HostArray] = [np.zeros(0, np.int64)]
-    for b in range(batch):
+
+    def blocks(b: int) -> Iterator[Array]:
         for start in range(0, tokens, BLOCK):
             cut = slice(start, min(start + BLOCK, tokens))
             rows = code.span.join(
@@ -119,16 +139,19 @@ def encode(
                 positions[cut],
                 seq_len=seq_len,
             )
-            for parts, part in zip((words, lengths), _encode_rows(tables, rows), strict=True):
-                parts.append(part)
-    length = np.concatenate(lengths)
-    width = "<u2" if int(length.max(initial=0)) < 1 << 16 else "<u4"
-    packed = np.concatenate(words).astype("<u2").view(np.uint8)
-    sizes = length.astype(width).view(np.uint8).reshape(len(length), np.dtype(width).itemsize)
-    return {
-        name: xp.asarray(x, device=device(like))
-        for name, x in (("lengths", sizes), ("words", packed))
-    }
+            yield _weighed(tables, rows), rows
+
+    means = np.zeros((batch if tokens >= MEAN_FROM else 0, code.span.width), np.float32)
+    for b, mean in enumerate(means):
+        mean[:] = _mean(z for z, _ in blocks(b))
+    packed, restored = _encode_means(code, means, tokens)
+    parts = [_NOTHING]
+    for b in range(batch):
+        mean = xp.asarray(restored[b], device=device(like)) if len(means) else 0.0
+        parts += [_encode_rows(tables, z - mean, rows) for z, rows in blocks(b)]
+    words, lengths = (np.concatenate(part) for part in zip(*parts, strict=True))
+    packed |= _pack(words, lengths)
+    return {name: xp.asarray(x, device=device(like)) for name, x in packed.items()}
 
 
 def decode(code: SpanCode, payload: Payload, rows: HostArray, layers: Sequence[int]) -> list[Array]:
@@ -139,43 +162,60 @@ def decode(code: SpanCode, payload: Payload, rows: HostArray, layers: Sequence[i
     CodingError
         If the payload is damaged.
     """
-    sizes, packed = to_host(payload["lengths"]), to_host(payload["words"])
-    width = sizes.shape[-1]
-    if width not in (2, 4) or packed.size % 2:
-        raise CodingError("lengths and words of a payload have impossible sizes: damaged?")
-    lengths = np.ascontiguousarray(sizes).view(f"<u{width}")[:, 0].astype(np.int64)
-    words = np.ascontiguousarray(packed).view("<u2")
+    host = {name: to_host(x) for name, x in payload.items()}
+    words, lengths = _unpack(host)
     ends = np.cumsum(lengths)
-    if (int(ends[-1]) if ends.size else 0) != words.size:
-        raise CodingError(f"lengths of tokens do not sum to the {words.size} words: damaged?")
     like = payload["words"]
-    tables = _backward(code, array_namespace(like), device(like))
+    xp, where = array_namespace(like), device(like)
+    tables = _backward(code, xp, where)
+    means = _decode_means(code, host) if rows.size else np.zeros((0, code.span.width), np.float32)
+    of_mean = rows * len(means) // max(lengths.size, 1)
     columns = [code.span.columns[layer] for layer in layers]
     blocks: list[list[Array]] = [[] for _ in layers]
     for start in range(0, len(rows), BLOCK):
         these = rows[start : start + BLOCK]
         wanted = [words[ends[i] - lengths[i] : ends[i]] for i in these]
         decoder = Decoder(np.concatenate(wanted), lengths[these])
-        restored = _decode_rows(tables, decoder, len(these), columns)
+        mean = xp.asarray(means[of_mean[start : start + BLOCK]], device=where) if len(means) else 0
+        restored = _decode_rows(tables, decoder, mean, len(these), layers)
         for block, part in zip(blocks, restored, strict=True):
             block.append(part)
-    xp = array_namespace(like)
     return [
         xp.concat(block)
         if block
-        else xp.zeros((0, c.stop - c.start), dtype=xp.float32, device=device(like))
+        else xp.zeros((0, c.stop - c.start), dtype=xp.float32, device=where)
         for block, c in zip(blocks, columns, strict=True)
     ]
+
+
+def _pack(words: HostArray, lengths: HostArray, prefix: str = "") -> dict[str, HostArray]:
+    """Arrays of a payload that hold the words of lanes, one after the other."""
+    width = "<u2" if int(lengths.max(initial=0)) < 1 << 16 else "<u4"
+    sizes = lengths.astype(width).view(np.uint8).reshape(len(lengths), np.dtype(width).itemsize)
+    return {f"{prefix}lengths": sizes, f"{prefix}words": words.astype("<u2").view(np.uint8)}
+
+
+def _unpack(host: Mapping[str, HostArray], prefix: str = "") -> tuple[HostArray, HostArray]:
+    """Undo `_pack`: words, and how many each lane has."""
+    sizes, packed = host[f"{prefix}lengths"], host[f"{prefix}words"]
+    width = sizes.shape[-1]
+    if width not in (2, 4) or packed.size % 2:
+        raise CodingError("lengths and words of a payload have impossible sizes: damaged?")
+    lengths = np.ascontiguousarray(sizes).view(f"<u{width}")[:, 0].astype(np.int64)
+    words = np.ascontiguousarray(packed).view("<u2")
+    if int(lengths.sum()) != words.size:
+        raise CodingError(f"lengths of lanes do not sum to the {words.size} words: damaged?")
+    return words, lengths
 
 
 @dataclass(frozen=True, eq=False)
 class _Forward:
     """What takes rows to coefficients, on the device, and back to see what is left."""
 
-    code: SpanCode
     mean: Array
-    scale: Array
+    metric: Sequence[Sequence[Array]]
     matrix: Array
+    importance: Array
     thresholds: Array
     backward: _Backward
 
@@ -186,7 +226,7 @@ class _Backward:
 
     code: SpanCode
     mean: Array
-    step: Array
+    metric: Sequence[Sequence[Array]]
     matrix: Array
     centres: tuple[Array, Array]
 
@@ -197,7 +237,8 @@ def _backward(code: SpanCode, xp: Namespace, where: Any) -> _Backward:
         return xp.asarray(x, device=where)
 
     one, more = (move(centre[code.classes]) for centre in code.centres)
-    return _Backward(code, move(code.mean), move(1 / code.scale), move(code.backward), (one, more))
+    inverse = [[move(x * code.step) for x in layer] for layer in code.metric.inverse().layers]
+    return _Backward(code, move(code.mean), inverse, move(code.backward), (one, more))
 
 
 @lru_cache(maxsize=8)
@@ -206,22 +247,96 @@ def _forward(code: SpanCode, xp: Namespace, where: Any) -> _Forward:
         return xp.asarray(x, device=where)
 
     return _Forward(
-        code,
         move(code.mean),
-        move(code.scale),
+        [[move(x / code.step) for x in layer] for layer in code.metric.layers],
         move(code.forward),
+        move(code.importance),
         move(code.rounding[code.classes]),
         _backward(code, xp, where),
     )
 
 
-def _encode_rows(tables: _Forward, rows: Array) -> tuple[HostArray, HostArray]:
-    """Words of rows, and how many each has."""
-    xp, code, back = array_namespace(rows), tables.code, tables.backward
-    z = (xp.clip(rows, -_CLIPPED, _CLIPPED) - tables.mean) * tables.scale
+def _weighed(tables: _Forward, rows: Array) -> Array:
+    """Rows less the mean of the calibration, weighed, in steps."""
+    xp, span = array_namespace(rows), tables.backward.code.span
+    z = xp.clip(rows, -_CLIPPED, _CLIPPED) - tables.mean
+    pairs = zip(span.columns, tables.metric, strict=True)
+    return xp.concat([weigh_layer(z[:, c], matrices) for c, matrices in pairs], axis=1)
+
+
+def _mean(blocks: Iterator[Array]) -> HostArray:
+    """Mean of rows, but for those far larger than usual among the first, which are another kind."""
+    total, count, most = 0.0, 0, -1.0
+    for z in blocks:
+        xp = array_namespace(z)
+        power = to_host(xp.vecdot(z, z))
+        if most < 0:
+            most = _FAR * float(np.median(power))
+        keep = power <= most
+        count += int(keep.sum())
+        weights = xp.asarray(keep.astype(np.float32), device=device(z))
+        total = total + np.asarray(to_host(weights @ xp.where(weights[:, None] > 0, z, 0.0)), "f8")
+    mean: HostArray = np.asarray(total / max(count, 1), np.float32)
+    return mean
+
+
+def _encode_means(
+    code: SpanCode, means: HostArray, tokens: int
+) -> tuple[dict[str, HostArray], HostArray]:
+    """Arrays of a payload for means of sequences, in steps, and what they will be restored to.
+
+    Attention averages over tokens: what all have in common is to be known better, by the root of
+    their number, than any of them.
+    """
+    count, width = means.shape
+    if not count:
+        return {"means": np.zeros((0, 2), np.uint8), **_pack(*_NOTHING, "mean_")}, means
+    shift = round(math.log2(tokens) / 2)
+    q = np.rint(np.clip(means, -_LARGEST_MEAN, _LARGEST_MEAN) * np.float32(2.0**shift))
+    usual = classes_of(np.sqrt(np.mean(np.square(q, dtype=np.float64), keepdims=True).ravel()))
+    lanes = np.pad(q, ((0, 0), (0, -width % LANES))).reshape(count * LANES, -1).T
+    coder = Encoder(count * LANES)
+    code.model.push(coder, np.ascontiguousarray(lanes, np.int32), np.repeat(usual, len(lanes)))
+    header = np.asarray([[shift, usual[0]]], np.uint8)
+    return {"means": header, **_pack(*coder.finish(), "mean_")}, q * np.float32(2.0**-shift)
+
+
+def _decode_means(code: SpanCode, host: Mapping[str, HostArray]) -> HostArray:
+    """Undo `_encode_means`."""
+    width = code.span.width
+    words, lengths = _unpack(host, "mean_")
+    if len(host["means"]) != bool(lengths.size) or lengths.size % LANES:
+        raise CodingError(f"{lengths.size} lanes cannot be those of means: damaged?")
+    if not lengths.size:
+        return np.zeros((0, width), np.float32)
+    shift, usual = host["means"][0].tolist()
+    if shift > _LARGEST_SHIFT or usual >= CLASSES:
+        raise CodingError(f"means have shift {shift} and class {usual}: damaged?")
+    coder = Decoder(words, lengths)
+    steps = -(-width // LANES)
+    q = code.model.pull(coder, np.full(steps, usual, np.uint8), lengths.size)
+    coder.finish()
+    rows = np.ascontiguousarray(q.T).reshape(-1, steps * LANES)[:, :width]
+    means: HostArray = rows.astype(np.float32) * np.float32(2.0**-shift)
+    return means
+
+
+def _factors(levels: HostArray) -> HostArray:
+    """What coefficients of tokens of these levels are multiplied by, float32 ``[tokens, 1]``."""
+    factors: HostArray = np.exp2(levels / OCTAVE).astype(np.float32)[:, None]
+    return factors
+
+
+def _encode_rows(tables: _Forward, z: Array, rows: Array) -> tuple[HostArray, HostArray]:
+    """Words of weighed rows, and how many each has."""
+    xp, back, where = array_namespace(rows), tables.backward, device(rows)
+    code = back.code
     huge = ~xp.all(xp.abs(z) < _LARGEST, axis=1)
     z = xp.where(huge[:, None], 0.0, z)
     y = z @ tables.matrix
+    levels = token_levels(to_host(y[:, : tables.importance.shape[0]] @ tables.importance))
+    factors = xp.asarray(_factors(levels), device=where)
+    z, y = z * factors, y * factors
     magnitude = xp.floor(xp.abs(y) + (1 - tables.thresholds))
     q = xp.where(y < 0, -magnitude, magnitude)
     restored = _magnitudes(q, back.centres)
@@ -231,10 +346,10 @@ def _encode_rows(tables: _Forward, rows: Array) -> tuple[HostArray, HostArray]:
     near = np.flatnonzero(to_host(error + _OBLIQUE * power) > code.limit[0])
     tail: dict[int, HostArray] = {}
     if near.size:
-        index = xp.asarray(near, device=device(rows))
+        index = xp.asarray(near, device=where)
         rest = xp.take(z, index, axis=0) - xp.take(restored, index, axis=0) @ back.matrix
         far = np.flatnonzero(to_host(xp.vecdot(rest, rest)) > code.limit[0])
-        rest = xp.take(rest, xp.asarray(far, device=device(rows)), axis=0)
+        rest = xp.take(rest, xp.asarray(far, device=where), axis=0)
         words = _rest_words(code, xp.round(rest * REST_STEPS))
         tail = dict(zip(near[far].tolist(), words, strict=True))
         for row, more in tail.items():
@@ -243,12 +358,19 @@ def _encode_rows(tables: _Forward, rows: Array) -> tuple[HostArray, HostArray]:
     host = np.ascontiguousarray(to_host(astype(q, "int32")).T)
     if raw.size:
         host[:, raw] = 0
-        kept = to_host(xp.take(rows, xp.asarray(raw, device=device(rows)), axis=0))
+        kept = to_host(xp.take(rows, xp.asarray(raw, device=where), axis=0))
         tail |= dict(zip(raw.tolist(), kept.astype("<f4").view("<u2"), strict=True))
     coder = Encoder(len(mode))
     coder.push(_STARTS[mode], _FREQUENCIES[mode])
-    code.model.push(coder, host, code.classes)
+    coder.push(*(table[levels + REACH] for table in _intervals(code.level_frequencies)))
+    code.model.push(coder, host, code.classes, levels)
     return _append(*coder.finish(), tail)
+
+
+def _intervals(frequencies: HostArray) -> tuple[HostArray, HostArray]:
+    """Starts and frequencies of symbols."""
+    wide = frequencies.astype(np.uint32)
+    return np.cumsum(wide, dtype=np.uint32) - wide, wide
 
 
 def _rest_words(code: SpanCode, rest: Array) -> list[HostArray]:
@@ -275,27 +397,28 @@ def _append(
 
 
 def _decode_rows(
-    tables: _Backward, coder: Decoder, count: int, columns: Sequence[slice]
+    tables: _Backward, coder: Decoder, mean: Array | int, count: int, layers: Sequence[int]
 ) -> list[Array]:
-    """Rows of the next tokens of a decoder, for each of the columns."""
+    """Rows of the next tokens of a decoder, for each of the layers."""
     code, like = tables.code, tables.matrix
     xp, where, width = array_namespace(like), device(like), tables.code.span.width
-    slot = coder.slot()
-    mode = np.searchsorted(_STARTS, slot, side="right") - 1
-    coder.take(_STARTS[mode].astype(np.uint32), _FREQUENCIES[mode].astype(np.uint32), slot)
-    q = code.model.pull(coder, code.classes, count)
+    mode = _symbol(coder, _STARTS.astype(np.uint32), _FREQUENCIES.astype(np.uint32))
+    levels = _symbol(coder, *_intervals(code.level_frequencies)) - REACH
+    q = code.model.pull(coder, code.classes, count, levels)
     special = np.flatnonzero(mode)
     tail = coder.finish(special)
     used = int(np.max(np.flatnonzero(q.any(axis=1)), initial=-1)) + 1
     host = np.ascontiguousarray(q[:used].T).astype(np.float32)
     centres = tables.centres[0][:used], tables.centres[1][:used]
     restored = _magnitudes(xp.asarray(host, device=where), centres)
+    restored = restored * xp.asarray(_factors(-levels), device=where)
     more, kept = np.zeros((2, *((count, width) if special.size else (0, 0))), np.float32)
     far = special[mode[special] == _REST]
     if far.size:
         pieces = [words for row, words in zip(special, tail, strict=True) if mode[row] == _REST]
         rest = Decoder(np.concatenate(pieces), np.array([len(piece) for piece in pieces]))
         more[far] = code.model.pull(rest, code.residual_classes, far.size).T / REST_STEPS
+        more[far] *= _factors(-levels[far])
         rest.finish()
     for row, words in zip(special, tail, strict=True):
         if mode[row] == _RAW:
@@ -303,16 +426,25 @@ def _decode_rows(
                 raise CodingError(f"a row has {words.size} words, not {2 * width}: damaged?")
             kept[row] = np.ascontiguousarray(words).view("<f4")
     parts = []
-    for cut in columns:
-        z = restored @ tables.matrix[:used, cut]
+    for layer in layers:
+        cut = code.span.columns[layer]
+        z = restored @ tables.matrix[:used, cut] + (mean if isinstance(mean, int) else mean[:, cut])
         if special.size:
             z = z + xp.asarray(more[:, cut], device=where)
-        x = z * tables.step[cut] + tables.mean[cut]
+        x = weigh_layer(z, tables.metric[layer]) + tables.mean[cut]
         if special.size:
             is_raw = xp.asarray((mode == _RAW)[:, None], device=where)
             x = xp.where(is_raw, xp.asarray(kept[:, cut], device=where), x)
         parts.append(x)
     return parts
+
+
+def _symbol(coder: Decoder, starts: HostArray, frequencies: HostArray) -> HostArray:
+    """Next symbol of every lane."""
+    slot = coder.slot()
+    symbol = np.searchsorted(starts, slot, side="right") - 1
+    coder.take(starts[symbol], frequencies[symbol], slot)
+    return symbol
 
 
 def _magnitudes(q: Array, centres: tuple[Array, Array]) -> Array:

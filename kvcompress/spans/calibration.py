@@ -18,7 +18,7 @@ from kvcompress.spans.span import Span
 from kvcompress.spans.statistics import ROWS, SpanStatistics
 from kvcompress.spans.training import SHARE, SpanBasis, span_basis, train_span
 
-FORMAT = "kvcompress.spans.span-calibration.1"
+FORMAT = "kvcompress.spans.span-calibration.2"
 
 MAX_WIDTH = 12288
 """Numbers of a token in one span, where nothing else is said: 600 MB of covariance."""
@@ -101,14 +101,31 @@ class SpanCalibration:
         return min((s.tokens for s in self.statistics), default=0)
 
     @property
+    def weighed(self) -> int:
+        """Tokens of which gradients were seen."""
+        return min((s.weighed for s in self.statistics), default=0)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over all statistics, in hexadecimal."""
         return digest(
             {f"{i}.{n}": x for i, s in enumerate(self.statistics) for n, x in s.arrays.items()}
         )
 
-    def update(self, layers: Mapping[int, tuple[Array, Array, Array]], /) -> None:
-        """Add the tokens of whole sequences: keys, values and queries of every layer.
+    def update(
+        self,
+        keys: Sequence[Array],
+        values: Sequence[Array],
+        gradients: tuple[Sequence[Array], Sequence[Array]] | None = None,
+        /,
+    ) -> None:
+        """Add the tokens of whole sequences: see `SpanStatistics.update`.
+
+        Parameters
+        ----------
+        keys, values : sequences of arrays
+            One for every layer of the model.
+        gradients : pair of sequences of arrays, optional
 
         Raises
         ------
@@ -116,11 +133,13 @@ class SpanCalibration:
             If a layer of a span is missing; and the errors of `SpanStatistics.update`.
         """
         for statistics in self.statistics:
-            missing = [i for i in statistics.span.layers if i not in layers]
-            if missing:
-                raise UnknownLayer(f"layers {missing} are missing, there are {list(layers)}")
-            parts = ([layers[i][part] for i in statistics.span.layers] for part in range(3))
-            statistics.update(*parts)
+            layers = statistics.span.layers
+            given = (keys, values, *(gradients or ()))
+            if any(len(xs) <= layers[-1] for xs in given):
+                counts = ", ".join(str(len(xs)) for xs in given)
+                raise UnknownLayer(f"layer {layers[-1]} is missing, there are {counts}")
+            k, v, *rest = ([xs[i] for i in layers] for xs in given)
+            statistics.update(k, v, (rest[0], rest[1]) if rest else None)
         self._bases.clear()
 
     def train(self, bits: float, /, *, share: float = SHARE) -> SpanTransform:

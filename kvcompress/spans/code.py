@@ -14,9 +14,10 @@ from kvcompress.errors import CalibrationError, KVCompressError
 from kvcompress.layer_statistics import HostArray, digest
 from kvcompress.spans.coefficient_model import CoefficientModel
 from kvcompress.spans.files import load_arrays, save_arrays, span_from_dict, span_to_dict
+from kvcompress.spans.metric import Metric
 from kvcompress.spans.span import Span
 
-FORMAT = "kvcompress.spans.span-code.1"
+FORMAT = "kvcompress.spans.span-code.2"
 
 HALF, BYTE = 8.0, 1.0
 """Root mean squares of coefficients, in steps, from which their row of the basis is half floats, or
@@ -43,15 +44,20 @@ class SpanCode:
         Bits per value it was trained for.
     mean : array ``[width]``, float32
         Of the rows.
-    scale : array ``[width]``, float32
-        What rows, less the mean, are multiplied by: errors then count alike, and in steps of the
-        quantizer.
+    metric_roots : array, float16
+        Of the `metric`.
+    step : array ``[1]``, float32
+        Of the quantizer, of rows weighed by the metric, for tokens of level zero.
     basis_half : array ``[largest components, width]``, float16
     basis_byte : array ``[next components, width]``, int8
     basis_nibble : array ``[all others, (width + 1) // 2]``, uint8
         Two numbers to a byte, the first the lower, eight more than they are.
     basis_scale : array ``[components]``, float32
         What every row of the basis is multiplied by.
+    importance : array ``[first components]``, float32
+        What each coefficient, in steps, adds to the binary logarithm of the importance of a token.
+    level_frequencies : array ``[2 * REACH + 1]``, uint16
+        Of the levels of tokens; see `token_levels`.
     classes : array ``[components]``, uint8
         Of every component; see `CoefficientModel`.
     residual_classes : array ``[width]``, uint8
@@ -70,11 +76,14 @@ class SpanCode:
     span: Span
     bits: float
     mean: HostArray
-    scale: HostArray
+    metric_roots: HostArray
+    step: HostArray
     basis_half: HostArray
     basis_byte: HostArray
     basis_nibble: HostArray
     basis_scale: HostArray
+    importance: HostArray
+    level_frequencies: HostArray
     classes: HostArray
     residual_classes: HostArray
     limit: HostArray
@@ -103,6 +112,11 @@ class SpanCode:
     def model(self) -> CoefficientModel:
         """Tables of the entropy coder."""
         return CoefficientModel(self.frequencies, self.magnitudes, self.thresholds)
+
+    @cached_property
+    def metric(self) -> Metric:
+        """What rows are weighed by, so that errors count alike."""
+        return Metric(self.span, self.metric_roots.astype(np.float32))
 
     @cached_property
     def fingerprint(self) -> str:

@@ -31,11 +31,14 @@ OCTAVE = 4
 SMALLEST = -8
 """Binary logarithm of the size of the first class, in steps of the quantizer."""
 
-DOWN = 6
+DOWN = 12
 """Classes that a token may be below the usual."""
 
-UP = 13
+UP = 16
 """Classes that a token may be above the usual."""
+
+REACH = 12
+"""Levels of tokens are from minus this to this: their steps are as many classes finer."""
 
 GROUP = 16
 """Components that are coded by the same knowledge of the token."""
@@ -44,6 +47,10 @@ _UNIT = 256
 """What `CoefficientModel.magnitudes` count in: parts of a step."""
 
 _SCALE = 1 << 16
+
+_ROOTS = (65536, 77936, 92682, 110218)
+"""Powers of two with exponents of 0, 1, 2, 3 quarters, times `_SCALE`."""
+
 _MEMORY = 8
 """Groups over which what was seen of a token is averaged."""
 
@@ -79,7 +86,9 @@ class CoefficientModel:
     magnitudes: HostArray
     thresholds: HostArray
 
-    def push(self, coder: Encoder, q: HostArray, classes: HostArray) -> None:
+    def push(
+        self, coder: Encoder, q: HostArray, classes: HostArray, levels: HostArray | None = None
+    ) -> None:
         """Code coefficients.
 
         Parameters
@@ -88,6 +97,8 @@ class CoefficientModel:
             Of as many lanes as there are tokens.
         q : int32 array ``[components, tokens]``
         classes : integer array ``[components]``
+        levels : integer array ``[tokens]``, optional
+            From `token_levels`; zero if left out.
         """
 
         def visit(component: int, cls: HostArray) -> HostArray:
@@ -104,9 +115,15 @@ class CoefficientModel:
                 coder.push_bits(row - (high << bits), bits)
             return row
 
-        self._walk(visit, classes, q.shape[1])
+        self._walk(visit, classes, _starts(levels, q.shape[1]))
 
-    def pull(self, coder: Decoder, classes: HostArray, tokens: int) -> HostArray:
+    def pull(
+        self,
+        coder: Decoder,
+        classes: HostArray,
+        tokens: int,
+        levels: HostArray | None = None,
+    ) -> HostArray:
         """Undo `push`: int32 ``[components, tokens]``.
 
         Raises
@@ -129,9 +146,9 @@ class CoefficientModel:
                 high = (high << bits) + coder.bits(bits)
             return high
 
-        return self._walk(visit, classes, tokens)
+        return self._walk(visit, classes, _starts(levels, tokens))
 
-    def histogram(self, q: HostArray, classes: HostArray) -> HostArray:
+    def histogram(self, q: HostArray, classes: HostArray, levels: HostArray) -> HostArray:
         """How often every symbol comes, ``[CLASSES, SYMBOLS]``, in coefficients as for `push`."""
         counts = np.zeros(CLASSES * SYMBOLS, np.int64)
 
@@ -142,23 +159,23 @@ class CoefficientModel:
             counts[:] += np.bincount(cls * SYMBOLS + symbol, minlength=counts.size)
             return row
 
-        self._walk(visit, classes, q.shape[1])
+        self._walk(visit, classes, _starts(levels, q.shape[1]))
         return counts.reshape(CLASSES, SYMBOLS)
 
-    def bits(self, q: HostArray, classes: HostArray) -> float:
+    def bits(self, q: HostArray, classes: HostArray, levels: HostArray) -> float:
         """Bits that the tables say coefficients cost: what `push` comes close to."""
-        counts = self.histogram(q, classes)
+        counts = self.histogram(q, classes, levels)
         costs = PRECISION - np.log2(self.frequencies.astype(np.float64))
         costs[:, -1] += sum(_RAW)
         return float(np.sum(counts * (costs + _LOW_BITS[:, None])))
 
     def _walk(
-        self, visit: Callable[[int, HostArray], HostArray], classes: HostArray, tokens: int
+        self, visit: Callable[[int, HostArray], HostArray], classes: HostArray, seen: HostArray
     ) -> HostArray:
         """Rows that `visit` returns for every component and the classes of its coefficients."""
+        tokens = seen.size
         rows = np.empty((len(classes), tokens), np.int32)
-        seen = np.full(tokens, _SCALE)
-        expected = seen.copy()
+        expected = np.full(tokens, _SCALE)
         for start in range(0, len(classes), GROUP):
             base = classes[start : start + GROUP].astype(np.int64)
             move = np.searchsorted(self.thresholds, seen * _SCALE // expected, side="right") - DOWN
@@ -218,7 +235,33 @@ def classes_of(sizes: HostArray) -> HostArray:
     return classes
 
 
-def fit(q: HostArray, classes: HostArray) -> CoefficientModel:
+def token_levels(importance: HostArray) -> HostArray:
+    """Levels of tokens, int64, from binary logarithms of their importance.
+
+    As damage is the importance times the square of the step, steps follow its root.
+    """
+    levels: HostArray = np.clip(np.rint(importance * (OCTAVE / 2)), -REACH, REACH).astype(np.int64)
+    return levels
+
+
+def level_frequencies(levels: HostArray) -> HostArray:
+    """Frequencies, uint16, of the levels of tokens, summing to ``2**15``."""
+    counts = np.bincount(levels + REACH, minlength=2 * REACH + 1) + 1.0
+    frequencies = 1 + np.floor(counts / counts.sum() * (TOTAL - counts.size)).astype(np.int64)
+    frequencies[REACH] += TOTAL - frequencies.sum()
+    return frequencies.astype(np.uint16)
+
+
+def _starts(levels: HostArray | None, tokens: int) -> HostArray:
+    """What is to be expected of tokens at the beginning: of those of finer steps, more."""
+    if levels is None:
+        return np.full(tokens, _SCALE)
+    octave, quarter = np.divmod(levels, OCTAVE)
+    starts: HostArray = (np.asarray(_ROOTS)[quarter] << REACH >> (REACH - octave)).astype(np.int64)
+    return starts
+
+
+def fit(q: HostArray, classes: HostArray, levels: HostArray) -> CoefficientModel:
     """Train tables on coefficients.
 
     Parameters
@@ -226,6 +269,8 @@ def fit(q: HostArray, classes: HostArray) -> CoefficientModel:
     q : int32 array ``[components, tokens]``
     classes : array ``[components]``
         From `classes_of`.
+    levels : array ``[tokens]``
+        From `token_levels`.
     """
     size = 2.0 ** (np.arange(CLASSES) / OCTAVE + SMALLEST)
     prior = _laplace(size)
@@ -240,7 +285,9 @@ def fit(q: HostArray, classes: HostArray) -> CoefficientModel:
         np.rint(_UNIT * expected / count).astype(np.int64),
         np.rint(_SCALE * 2.0 ** (moves / OCTAVE)).astype(np.int64),
     )
-    return replace(model, frequencies=_integers(model.histogram(q, classes) + _PRIOR * prior))
+    return replace(
+        model, frequencies=_integers(model.histogram(q, classes, levels) + _PRIOR * prior)
+    )
 
 
 def _laplace(size: HostArray) -> HostArray:

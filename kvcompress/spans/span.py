@@ -42,9 +42,17 @@ class SpanLayer:
             )
 
     @property
+    def groups(self) -> tuple[tuple[int, int], ...]:
+        """Heads and numbers a head, of the three parts of a row.
+
+        Keys, values over their norms, and the logarithms of the norms.
+        """
+        return tuple((self.heads, dim) for dim in (self.key_dim, self.value_dim, 1))
+
+    @property
     def width(self) -> int:
-        """Numbers of a row: keys, values over their norms, and the logarithms of the norms."""
-        return self.heads * (self.key_dim + self.value_dim + 1)
+        """Numbers of a row."""
+        return sum(heads * dim for heads, dim in self.groups)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,15 @@ class Span:
         """Where each layer stands in a row."""
         ends = accumulate((shape.width for shape in self.shapes), initial=0)
         return tuple(slice(start, end) for start, end in pairwise(ends))
+
+    def heads(self, rows: Array) -> list[Array]:
+        """Rows by layer, group and head: arrays ``[rows, heads, dim]``, of three groups a layer."""
+        xp = array_namespace(rows)
+        found, at = [], 0
+        for heads, dim in (group for shape in self.shapes for group in shape.groups):
+            found.append(xp.reshape(rows[:, at : at + heads * dim], (-1, heads, dim)))
+            at += heads * dim
+        return found
 
     def check(self, keys: Sequence[Array], values: Sequence[Array]) -> None:
         """Check that keys and values ``[batch, heads, tokens, dim]`` are those of the layers.
@@ -140,15 +157,44 @@ class Span:
         xp = array_namespace(*keys, *values)
         parts = []
         for shape, k, v in zip(self.shapes, keys, values, strict=True):
-            k, v = astype(k, "float32"), astype(v, "float32")
+            k = astype(k, "float32")
             if shape.rope is not None:
                 k = shape.rope.undo(k, positions, seq_len=seq_len)
-            # Squares of the largest magnitudes would overflow.
-            peak = xp.clip(xp.max(xp.abs(v), axis=-1, keepdims=True), min=TINY)
-            v = v / peak
-            norm = xp.clip(xp.sqrt(xp.sum(v * v, axis=-1, keepdims=True)), min=TINY)
-            log = xp.clip(xp.log2(norm) + xp.log2(peak), min=_LOG_TINY)
-            parts += [k, v / norm, log]
+            parts += [k, *_unit(astype(v, "float32"))]
+        return xp.concat([_rows(part) for part in parts], axis=-1)
+
+    def join_gradients(
+        self,
+        values: Sequence[Array],
+        of_keys: Sequence[Array],
+        of_values: Sequence[Array],
+        positions: Array,
+        *,
+        seq_len: int | None = None,
+    ) -> Array:
+        """Gradients by the rows of tokens, from those by keys and values.
+
+        Parameters
+        ----------
+        values, of_keys, of_values : sequences of arrays ``[batch, heads, tokens, dim]``
+            What `join` takes, and the gradients by what it takes.
+        positions, seq_len
+            As in `join`.
+
+        Returns
+        -------
+        array ``[batch * tokens, width]``, float32
+        """
+        xp = array_namespace(*values, *of_keys, *of_values)
+        parts = []
+        for shape, v, by_k, by_v in zip(self.shapes, values, of_keys, of_values, strict=True):
+            by_k, by_v = astype(by_k, "float32"), astype(by_v, "float32")
+            if shape.rope is not None:
+                # The transpose of a rotation is its inverse; of a multiplication, itself.
+                by_k = shape.rope.undo(by_k, positions, seq_len=seq_len) * shape.rope.magnitude**2
+            unit, log = _unit(astype(v, "float32"))
+            by_v = by_v * xp.exp(_LN2 * log)
+            parts += [by_k, by_v, _LN2 * xp.sum(by_v * unit, axis=-1, keepdims=True)]
         return xp.concat([_rows(part) for part in parts], axis=-1)
 
     def split(
@@ -181,6 +227,17 @@ class Span:
         if shape.rope is not None:
             k = shape.rope.apply(k, positions, seq_len=seq_len)
         return k, v * xp.exp(_LN2 * xp.clip(log, -126.0, 126.0))
+
+
+def _unit(v: Array) -> tuple[Array, Array]:
+    """Values over their norms, and the binary logarithms of these."""
+    xp = array_namespace(v)
+    # Squares of the largest magnitudes would overflow.
+    peak = xp.clip(xp.max(xp.abs(v), axis=-1, keepdims=True), min=TINY)
+    v = v / peak
+    norm = xp.clip(xp.sqrt(xp.sum(v * v, axis=-1, keepdims=True)), min=TINY)
+    log = xp.clip(xp.log2(norm) + xp.log2(peak), min=_LOG_TINY)
+    return v / norm, log
 
 
 def _rows(x: Array) -> Array:

@@ -10,7 +10,17 @@ import numpy as np
 from kvcompress.errors import SettingError
 from kvcompress.layer_statistics import HostArray
 from kvcompress.spans.code import REST_STEPS, SpanCode, store_basis
-from kvcompress.spans.coefficient_model import CLASSES, CoefficientModel, classes_of, fit
+from kvcompress.spans.coefficient_model import (
+    CLASSES,
+    OCTAVE,
+    CoefficientModel,
+    classes_of,
+    fit,
+    level_frequencies,
+    token_levels,
+)
+from kvcompress.spans.metric import Metric
+from kvcompress.spans.span import Span
 from kvcompress.spans.statistics import SpanStatistics
 
 LAGRANGE = 0.06
@@ -29,6 +39,12 @@ LIMIT = 4.0
 TOLERANCE = 0.01
 """How far the bits of a code may be from those asked for, as a binary logarithm."""
 
+FORESEEN = 256
+"""Components from which the importance of a token is foretold."""
+
+_RIDGE = 300
+"""Tokens without importance that are added to those from which that is learned."""
+
 
 @dataclass(frozen=True, eq=False)
 class SpanBasis:
@@ -36,21 +52,23 @@ class SpanBasis:
 
     Attributes
     ----------
-    mean, scale : arrays ``[width]``
-        Of the rows: what is taken away, and what they are then multiplied by.
+    mean : array ``[width]``
+        Of the rows.
+    metric : Metric
+        What rows, less their mean, are weighed by.
     vectors : array ``[width, components]``
         Orthonormal columns.
     variances : array ``[components]``
         Falling.
-    rest : float
-        Variance outside of the components.
+    importance : array ``[first components]``
+        By coefficient: its contribution to the binary logarithm of the importance of a token.
     """
 
     mean: HostArray
-    scale: HostArray
+    metric: Metric
     vectors: HostArray
     variances: HostArray
-    rest: float
+    importance: HostArray
 
 
 def span_basis(statistics: SpanStatistics, /, *, components: int) -> SpanBasis:
@@ -66,14 +84,10 @@ def span_basis(statistics: SpanStatistics, /, *, components: int) -> SpanBasis:
     components : int
         At most the width of the span.
     """
-    scale = np.sqrt(statistics.weights).astype(np.float32)
-    covariance = statistics.covariance()
-    covariance *= scale
-    covariance *= scale[:, None]
-    width = len(scale)
+    width, metric = statistics.span.width, statistics.metric
     if not 1 <= components <= width:
         raise SettingError(f"components must be from 1 to {width}, got {components}")
-    total = float(np.trace(covariance, dtype=np.float64))
+    covariance = metric.sandwich(statistics.covariance())
     if components > width // 2:
         variances, vectors = np.linalg.eigh(-covariance)
         variances, vectors = -variances[:components], vectors[:, :components]
@@ -88,8 +102,23 @@ def span_basis(statistics: SpanStatistics, /, *, components: int) -> SpanBasis:
         variances = -variances[:components]
         vectors = vectors @ turn[:, :components]
     variances = np.maximum(variances, 0)
-    rest = max(0.0, total - float(variances.sum(dtype=np.float64)))
-    return SpanBasis(statistics.mean.astype(np.float32), scale, vectors, variances, rest)
+    return SpanBasis(
+        statistics.mean.astype(np.float32),
+        metric,
+        vectors,
+        variances,
+        _importance(statistics, metric, vectors[:, :FORESEEN], variances[:FORESEEN]),
+    )
+
+
+def _importance(
+    statistics: SpanStatistics, metric: Metric, vectors: HostArray, variances: HostArray
+) -> HostArray:
+    """Regression of the logarithm of the importance on coefficients, which are uncorrelated."""
+    together = metric.apply(statistics.importance.astype(np.float32)[None])[0] @ vectors
+    ridge = 1 + _RIDGE / max(statistics.weighed, 1)
+    found: HostArray = together / np.maximum(variances * ridge, 1e-30)
+    return found
 
 
 def _conditioned(x: HostArray) -> HostArray:
@@ -127,17 +156,21 @@ def train_span(
         raise SettingError(f"bits must be above 0 and below 16, got {bits!r}")
     if basis is None:
         basis = span_basis(statistics, components=math.ceil(span.width * SHARE))
-    rows = (statistics.sample.astype(np.float32) - basis.mean) * basis.scale
+    rows = basis.metric.apply(statistics.sample.astype(np.float32))
     coefficients = rows @ basis.vectors
+    levels = token_levels(coefficients[:, : len(basis.importance)] @ basis.importance)
+    factor = np.exp2(levels[:, None] / np.float32(OCTAVE))
+    rows, coefficients = rows * factor, coefficients * factor
+    variances = basis.variances * np.mean(factor * factor)
     target = bits * span.num_values * len(rows)
-    logarithm = _first_guess(basis.variances, bits * span.num_values)
+    logarithm = _first_guess(variances, bits * span.num_values)
     slope = -0.6  # of the logarithm of the bits to that of the step, to begin with
     known: tuple[float, float] | None = None
     for _ in range(20):
-        trial = _trial(coefficients, basis.variances, 2.0**logarithm)
+        trial = _trial(coefficients, variances, levels, 2.0**logarithm)
         over = math.log2(max(trial.bits, 1.0) / target)
         if abs(over) < TOLERANCE:
-            return _code(statistics, bits, basis, rows, trial)
+            return _code(statistics.span, bits, basis, rows, trial)
         if known is not None and abs(logarithm - known[0]) > 1e-6:
             slope = min(max((over - known[1]) / (logarithm - known[0]), -4.0), -0.2)
         known = logarithm, over
@@ -164,6 +197,8 @@ class _Trial:
     """Coefficients of the sample, in steps, their codes, and what those cost."""
 
     step: float
+    sizes: HostArray
+    levels: HostArray
     classes: HostArray
     rounding: HostArray
     model: CoefficientModel
@@ -172,18 +207,19 @@ class _Trial:
     bits: float
 
 
-def _trial(coefficients: HostArray, variances: HostArray, step: float) -> _Trial:
+def _trial(coefficients: HostArray, variances: HostArray, levels: HostArray, step: float) -> _Trial:
     y = coefficients.T / np.float32(step)
     size = np.sqrt(variances) / step
     used = int(np.max(np.flatnonzero(size > LEAST), initial=0)) + 1
-    y, classes = y[:used], classes_of(size[:used])
+    y, size, classes = y[:used], size[:used], classes_of(size[:used])
     rounding = np.full(CLASSES, 0.6, np.float32)
     for _ in range(2):
         q = quantize(y, rounding[classes])
-        model = fit(q, classes)
+        model = fit(q, classes, levels)
         rounding = _rounding(model)
     q = quantize(y, rounding[classes])
-    return _Trial(step, classes, rounding, model, y, q, model.bits(q, classes))
+    bits = model.bits(q, classes, levels)
+    return _Trial(step, size, levels, classes, rounding, model, y, q, bits)
 
 
 def quantize(y: HostArray, rounding: HostArray) -> HostArray:
@@ -200,23 +236,24 @@ def _rounding(model: CoefficientModel) -> HostArray:
     return np.clip(0.5 + LAGRANGE * dearer, 0.5, 0.95).astype(np.float32)
 
 
-def _code(
-    statistics: SpanStatistics, bits: float, basis: SpanBasis, rows: HostArray, trial: _Trial
-) -> SpanCode:
+def _code(span: Span, bits: float, basis: SpanBasis, rows: HostArray, trial: _Trial) -> SpanCode:
     used, (classes, q, y) = len(trial.classes), (trial.classes, trial.q, trial.y)
     vectors = basis.vectors[:, :used].T
     centres = _centres(q, y, classes)
-    scale = basis.scale / np.float32(trial.step)
     restored = restore_magnitudes(q, classes, centres)
     rest = rows / np.float32(trial.step) - restored.T @ vectors
     sizes = np.sqrt(np.mean(np.square(rest), axis=0, dtype=np.float64))
     error = float(np.mean(np.sum(np.square(rest), axis=1, dtype=np.float64)))
+    importance = basis.importance[:used] * np.float32(trial.step)
     return SpanCode(
-        span=statistics.span,
+        span=span,
         bits=bits,
         mean=basis.mean,
-        scale=scale,
-        **store_basis(vectors, np.sqrt(basis.variances[:used]) / trial.step),
+        metric_roots=basis.metric.roots.astype(np.float16),
+        step=np.asarray([trial.step], np.float32),
+        **store_basis(vectors, trial.sizes),
+        importance=importance.astype(np.float32),
+        level_frequencies=level_frequencies(trial.levels),
         classes=classes,
         residual_classes=classes_of(REST_STEPS * sizes),
         limit=np.asarray([LIMIT * error], np.float32),
