@@ -266,7 +266,7 @@ def _weighed(tables: _Forward, rows: Array) -> Array:
 
 def _mean(blocks: Iterator[Array]) -> HostArray:
     """Mean of rows, but for those far larger than usual among the first, which are another kind."""
-    total, count, most = 0.0, 0, -1.0
+    total, count, most = np.zeros(1), 0, -1.0
     for z in blocks:
         xp = array_namespace(z)
         power = to_host(xp.vecdot(z, z))
@@ -275,8 +275,8 @@ def _mean(blocks: Iterator[Array]) -> HostArray:
         keep = power <= most
         count += int(keep.sum())
         weights = xp.asarray(keep.astype(np.float32), device=device(z))
-        total = total + np.asarray(to_host(weights @ xp.where(weights[:, None] > 0, z, 0.0)), "f8")
-    mean: HostArray = np.asarray(total / max(count, 1), np.float32)
+        total = total + to_host(weights @ xp.where(weights[:, None] > 0, z, 0.0))
+    mean: HostArray = (total / max(count, 1)).astype(np.float32)
     return mean
 
 

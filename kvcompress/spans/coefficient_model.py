@@ -249,7 +249,8 @@ def level_frequencies(levels: HostArray) -> HostArray:
     counts = np.bincount(levels + REACH, minlength=2 * REACH + 1) + 1.0
     frequencies = 1 + np.floor(counts / counts.sum() * (TOTAL - counts.size)).astype(np.int64)
     frequencies[REACH] += TOTAL - frequencies.sum()
-    return frequencies.astype(np.uint16)
+    narrow: HostArray = frequencies.astype(np.uint16)
+    return narrow
 
 
 def _starts(levels: HostArray | None, tokens: int) -> HostArray:

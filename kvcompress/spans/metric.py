@@ -14,6 +14,10 @@ from kvcompress.spans.span import Span
 NOISE = 0.05
 """Share of the weights off the diagonal that is taken for noise."""
 
+DAMPED = 0.7
+"""Power of the weights of layers, one over the other: they differ by factors of hundreds, between
+texts too."""
+
 LEAST = 1e-3
 """Least weight, over the mean of a head: what no query reads may be read by one to come."""
 
@@ -98,7 +102,15 @@ def metric_of(span: Span, moments: HostArray | None) -> Metric:
             )
         ]
         moments = np.concatenate([x.ravel() for x in ones])
-    roots = [_root(x) for layer in split_matrices(span, moments) for x in layer]
+    layers = split_matrices(span, moments)
+    sizes = np.array([[np.trace(x, 0, 1, 2).mean() for x in layer[:2]] for layer in layers])
+    damping = np.maximum(sizes, 1e-30) ** (DAMPED - 1)
+    damping /= np.exp(np.mean(np.log(damping), axis=0))
+    roots = [
+        _root(x * factor)
+        for layer, (keys, values) in zip(layers, damping, strict=True)
+        for x, factor in zip(layer, (keys, values, values), strict=True)
+    ]
     flat = np.concatenate([x.ravel() for x in roots])
     weight = float(np.sum(flat * flat)) / span.width
     return Metric(span, (flat / np.sqrt(weight)).astype(np.float32))

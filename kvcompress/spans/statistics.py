@@ -98,9 +98,8 @@ class SpanStatistics:
         rows = self.span.join([k[:, :, cut] for k in ks], [v[:, :, cut] for v in vs], place[cut])
         weights = np.zeros((0, self.span.width), np.float32)
         if dks:
-            weights = self.span.join_gradients(
-                *([x[:, :, cut] for x in xs] for xs in (vs, dks, dvs)), place[cut]
-            )
+            v, dk, dv = ([x[:, :, cut] for x in xs] for xs in (vs, dks, dvs))
+            weights = self.span.join_gradients(v, dk, dv, place[cut])
         if not (np.all(np.isfinite(rows)) and np.all(np.isfinite(weights))):
             raise NonFiniteError("keys, values or gradients hold numbers that are not finite")
         for b, sequence in enumerate(np.split(rows, batch) if rows.size else ()):
