@@ -42,6 +42,9 @@ _PARAMETERS: dict[str, tuple[tuple[object, ...], ...]] = {
     "lookup": (tuple(WORDS.values()),),
     "encode_product": (VECTOR_DIMS,),
     "decode_product": ((4, 2, 1),),
+    "within": (tuple(CTYPES.values()),),
+    "gather_slots": (tuple(WORDS.values()),),
+    "scatter_slots": (tuple(WORDS.values()),),
 }
 
 FAMILIES = tuple(_PARAMETERS)

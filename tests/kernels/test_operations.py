@@ -8,7 +8,8 @@ import hard
 import numpy as np
 import pytest
 from emulation import EmulatedRuntime, EmulationError
-from kvcompress_cupy import geometry, tables
+from kvcompress_cupy import tables
+from kvcompress_cupy.launches import affine, codebooks, layout
 from kvcompress_cupy.operations import Operations
 from kvcompress_cupy.sources import BITS, DIMS, FAMILIES
 
@@ -63,6 +64,16 @@ def test_affine(backend, dtype, bits):
         short = backend.dequantize(codes, lower, upper, **static, dtype=dtype)
         same([short], [narrow(decoded, dtype)])
     assert backend.runtime.copies == 0
+
+
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_affine_of_wide_rows(backend, dtype):
+    """Groups along the tokens of more channels than a block holds in registers."""
+    for n, tokens, size in itertools.product((257, 512, 1024), (1, 70, 300), (32, 64, 128, 300)):
+        x = hard.values((2, tokens, n), dtype, bits=3, seed=n + tokens)
+        spec = AffineSpec(3 if n % 2 else 4, size, "channel")
+        assert backend.supports("quantize", x, spec=spec)
+        same(backend.quantize(x, spec=spec), ops.quantize(x, spec=spec))
 
 
 @pytest.mark.parametrize("ends_dtype", FLOATING)
@@ -225,7 +236,7 @@ def test_what_no_kernel_takes(backend):
     assert not backend.supports("quantize", x, spec=AffineSpec(4, 48, "token"))
     assert not backend.supports("quantize", x.astype("float64"), spec=AffineSpec(4, 32, "token"))
     assert not backend.supports("quantize_rotated", x[..., :48], spec=RotatedSpec(4, 0))
-    wide = np.zeros((1, 2, geometry.COLUMNS + 1), "float16")
+    wide = np.zeros((1, 2, affine.COLUMNS + 1), "float16")
     assert not backend.supports("quantize", wide, spec=AffineSpec(4, 32, "channel"))
     assert backend.supports("quantize", wide, spec=AffineSpec(4, 32, "token"))
 
@@ -246,7 +257,7 @@ class LastBlocks(EmulatedRuntime):
         self._outputs.append(out)
         return out
 
-    def launch(self, launch, *arrays, reached=()):
+    def launch(self, launch, *arrays, reached=(), changed=()):
         self.launches.append(launch)
         writable = sum(any(a is out for out in self._outputs) for a in arrays)
         kernels = self._kernels(launch.family)
@@ -280,8 +291,8 @@ def test_every_kernel_is_there(kernels):
 
 
 def test_arguments_of_wrong_sizes_are_found(backend):
-    launch = geometry.lookup(1, row_bytes=4, word=4, size=1, code_bytes=4)
+    launch = codebooks.lookup(1, row_bytes=4, word=4, size=1, code_bytes=4)
     array = np.zeros(4, "int32")
-    wrong = geometry.Launch(**{**vars(launch), "scalars": (*launch.scalars, np.int32(0))})
+    wrong = layout.Launch(**{**vars(launch), "scalars": (*launch.scalars, np.int32(0))})
     with pytest.raises(EmulationError, match="other sizes"):
         backend.runtime.launch(wrong, array, array, array)

@@ -114,6 +114,18 @@ __device__ __forceinline__ Vector<T> load_vector(const T *pointer, int count, bo
     return vector;
 }
 
+// Rows one after another, or where `slots` says (kvcompress/ops/slots.py); stride in elements.
+template <class T>
+struct Rows {
+    const T *first;
+    const int *slots;
+    long long stride;
+
+    __device__ __forceinline__ const T *operator[](long long row) const {
+        return first + (slots ? load(slots + row) : row) * stride;
+    }
+};
+
 constexpr float HALF_MAX = 65504.0f;
 
 // What exceeds float16 becomes its largest, as kvcompress._namespace.narrow has it.

@@ -42,10 +42,10 @@ __device__ __forceinline__ float heron_root(float x) {
 
 template <int BITS, int DIM, class T>
 __global__ void __launch_bounds__(THREADS, 3)
-    quantize_rotated(const T *x, Byte *codes, float *gain, long long rows, long long head_stride,
-                     long long row_stride, int tiles, int aligned, unsigned long long signs_a,
-                     unsigned long long signs_b, unsigned long long signs_c,
-                     unsigned long long signs_d) {
+    quantize_rotated(const T *x, const int *slots, Byte *codes, float *gain, long long rows,
+                     long long head_stride, long long row_stride, int tiles, int aligned,
+                     unsigned long long signs_a, unsigned long long signs_b,
+                     unsigned long long signs_c, unsigned long long signs_d) {
     using Q = Quantizer<BITS>;
     using D = Dot<DIM>;
     constexpr int SIZE = Vector<T>::SIZE;
@@ -70,7 +70,8 @@ __global__ void __launch_bounds__(THREADS, 3)
     const long long start = (long long)(blockIdx.x % tiles) * ROWS;
     const int count = (int)(rows - start < ROWS ? rows - start : ROWS);
     const int row = threadIdx.x / R::LANES, lane = threadIdx.x % R::LANES;
-    x += head * head_stride + (start + row) * row_stride;
+    const Rows<T> source{x + head * head_stride, slots, row_stride};
+    x = source[start + (row < count ? row : 0)];
 
     float y[HELD];
     float peak = 0.0f;
