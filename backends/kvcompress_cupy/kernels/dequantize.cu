@@ -30,16 +30,18 @@ __device__ __forceinline__ void dequantize_rows(const Byte *codes, const void *l
             const unsigned code = unpack<BITS, COUNT>(codes + row * code_stride, channel, n);
             if constexpr (AXIS == TOKEN)
                 load_ends(row * end_stride + (GROUP ? channel / (GROUP ? GROUP : 1) : 0), 0);
-            Run<T, COUNT> values;
+            float values[COUNT];
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) {
                 // 2**23 + code, without a conversion.
                 const unsigned bits = __byte_perm(code, 0x4b000000u, 0x7650 + i);
                 const float whole = __fsub_rn(__uint_as_float(bits), 8388608.0f);
                 const int end = AXIS == TOKEN ? 0 : i;
-                narrow(__fadd_rn(__fmul_rn(whole, step[end]), start[end]), values.values[i]);
+                values[i] = __fadd_rn(__fmul_rn(whole, step[end]), start[end]);
             }
-            store((Run<T, COUNT> *)(out + (long long)row * n + channel), values);
+            Run<T, COUNT> run;
+            narrow(values, run.values);
+            store((Run<T, COUNT> *)(out + (long long)row * n + channel), run);
         }
     }
 }

@@ -5,7 +5,6 @@
 // replace them there and are packed as in quantize_token.
 #include "affine.cuh"
 #include "packing.cuh"
-#include "range.cuh"
 
 constexpr int LANES = 16;  // by at most 256 / SIZE columns
 
@@ -14,8 +13,8 @@ constexpr int LANES = 16;  // by at most 256 / SIZE columns
 template <int BITS, int GROUP, class T>
 __global__ void __launch_bounds__(LANES * 256 / Vector<T>::SIZE, 1)
     quantize_channel(const T *x, const int *slots, Byte *codes, void *lower, void *upper,
-                     long long tokens, long long head_stride, long long token_stride,
-                     long long size, int groups, int n, int columns, int tile_rows, int pitch,
+                     long long tokens, long long head_stride, int token_stride, int size,
+                     int groups, int n, int columns, int tile_rows, int pitch,
                      int ends_type, int aligned, int chunk, unsigned chunks_reciprocal) {
     constexpr int SIZE = Vector<T>::SIZE;
     // Vectors that a thread keeps; where they would be too many registers, they are read again.
@@ -29,11 +28,11 @@ __global__ void __launch_bounds__(LANES * 256 / Vector<T>::SIZE, 1)
     Byte *const tile = (Byte *)low;
 
     const long long head = blockIdx.x / groups, group = blockIdx.x % groups;
-    const long long first = group * size, rest = tokens - first;
-    const long long count = rest < size ? rest : size;
+    const long long first = group * size;
+    const int count = (int)(tokens - first < size ? tokens - first : size);
     const int column = threadIdx.x % columns, lane = threadIdx.x / columns;
     const int channel = column * SIZE, left = n - channel;
-    const Rows<T> rows{x + head * head_stride + channel, slots, token_stride};
+    const Rows<T> rows(x + head * head_stride + channel, slots, first, token_stride);
 
     Vector<T> held[HELD ? HELD : 1];
     Range<T> range;
@@ -41,7 +40,7 @@ __global__ void __launch_bounds__(LANES * 256 / Vector<T>::SIZE, 1)
 #pragma unroll
         for (int k = 0; k < HELD; ++k) {
             const int token = k * LANES + lane;
-            const T *values = rows[first + (token < count ? token : 0)];
+            const T *values = rows[token < count ? token : 0];
             held[k] = load_vector(values, token < count ? left : 0, aligned);
         }
 #pragma unroll
@@ -49,8 +48,8 @@ __global__ void __launch_bounds__(LANES * 256 / Vector<T>::SIZE, 1)
             if (k * LANES + lane < count) range.widen(held[k]);
     } else {
 #pragma unroll 4
-        for (long long token = lane; token < count; token += lanes)
-            range.widen(load_vector(rows[first + token], left, aligned));
+        for (int token = lane; token < count; token += lanes)
+            range.widen(load_vector(rows[token], left, aligned));
     }
 #pragma unroll
     for (int i = 0; i < SIZE; i += 4) {
@@ -80,8 +79,8 @@ __global__ void __launch_bounds__(LANES * 256 / Vector<T>::SIZE, 1)
     __syncthreads();
 
     codes += (head * tokens + first) * row_size<BITS>(n);
-    for (long long base = 0; base < count; base += tile_rows) {
-        const int held_rows = (int)(count - base < tile_rows ? count - base : tile_rows);
+    for (int base = 0; base < count; base += tile_rows) {
+        const int held_rows = count - base < tile_rows ? count - base : tile_rows;
         if constexpr (HELD > 0) {
 #pragma unroll
             for (int k = 0; k < HELD; ++k) {
@@ -93,12 +92,12 @@ __global__ void __launch_bounds__(LANES * 256 / Vector<T>::SIZE, 1)
         } else {
 #pragma unroll 4
             for (int token = lane; token < held_rows; token += lanes)
-                encode_vector<BITS>(load_vector(rows[first + base + token], left, aligned),
+                encode_vector<BITS>(load_vector(rows[base + token], left, aligned),
                                     start + channel, inverse + channel, 1,
                                     tile + token * pitch + channel);
         }
         __syncthreads();
-        pack_rows<BITS>(tile, pitch, held_rows, n, codes + base * row_size<BITS>(n), chunk,
+        pack_rows<BITS>(tile, pitch, held_rows, n, codes + (long long)base * row_size<BITS>(n), chunk,
                         chunks_reciprocal);
         if constexpr (GROUP == 0) __syncthreads();
     }

@@ -5,7 +5,6 @@
 // apart, and leave in 16-byte chunks.
 #include "affine.cuh"
 #include "packing.cuh"
-#include "range.cuh"
 
 constexpr int THREADS = 256;
 
@@ -13,7 +12,7 @@ constexpr int THREADS = 256;
 template <int BITS, int GROUP, class T>
 __global__ void __launch_bounds__(THREADS, 3)
     quantize_token(const T *x, const int *slots, Byte *codes, void *lower, void *upper,
-                   long long rows, long long head_stride, long long row_stride, int tiles,
+                   long long rows, long long head_stride, int row_stride, int tiles,
                    int tile_rows, int n, int groups, unsigned groups_reciprocal, int pitch, int ends_type, int aligned,
                    int chunk, unsigned chunks_reciprocal) {
     constexpr int SIZE = Vector<T>::SIZE;
@@ -26,7 +25,7 @@ __global__ void __launch_bounds__(THREADS, 3)
     const long long start = (long long)(blockIdx.x % tiles) * tile_rows;
     const int count = (int)(rows - start < tile_rows ? rows - start : tile_rows);
     const int team = threadIdx.x / TEAM, lane = threadIdx.x % TEAM;
-    const Rows<T> source{x + head * head_stride, slots, row_stride};
+    const Rows<T> source(x + head * head_stride, slots, start, row_stride);
     const long long first_row = head * rows + start;
 
     for (int base = 0; base < count * groups; base += TEAMS * UNROLL) {
@@ -39,7 +38,7 @@ __global__ void __launch_bounds__(THREADS, 3)
             row[u] = divide(group, groups_reciprocal);
             channel[u] = (group - row[u] * groups) * GROUP + lane * SIZE;
             left[u] = row[u] < count ? n - channel[u] : 0;
-            values[u] = source[start + (row[u] < count ? row[u] : 0)] + channel[u];
+            values[u] = source[row[u] < count ? row[u] : 0] + channel[u];
             if constexpr (GROUP > 0) vector[u] = load_vector(values[u], left[u], aligned);
         }
 #pragma unroll

@@ -9,19 +9,19 @@
 template <class T>
 __global__ void __launch_bounds__(256)
     within(const T *x, const int *slots, Byte *out, long long tokens, long long head_stride,
-           long long token_stride, int tiles, int tile_rows, int n, int vectors,
+           int token_stride, int tiles, int tile_rows, int n, int vectors,
            unsigned vectors_reciprocal, int aligned, unsigned limit) {
     constexpr unsigned SIGN = Word<T>::SIGN;
     const long long head = blockIdx.x / tiles;
     const long long start = (long long)(blockIdx.x % tiles) * tile_rows;
     const int count = (int)(tokens - start < tile_rows ? tokens - start : tile_rows);
-    const Rows<T> rows{x + head * head_stride, slots, token_stride};
+    const Rows<T> rows(x + head * head_stride, slots, start, token_stride);
     unsigned left = SIGN;
 #pragma unroll 4
     for (int i = threadIdx.x; i < count * vectors; i += blockDim.x) {
         const int row = divide(i, vectors_reciprocal);
         const int channel = (i - row * vectors) * Vector<T>::SIZE;
-        const Vector<T> vector = load_vector(rows[start + row] + channel, n - channel, aligned);
+        const Vector<T> vector = load_vector(rows[row] + channel, n - channel, aligned);
 #pragma unroll
         for (int j = 0; j < 4; ++j) left &= (limit | SIGN) - (vector.words[j] & ~SIGN);
     }

@@ -52,8 +52,8 @@ def quantize_token(
         THREADS,
         tile_rows * pitch,
         (
-            *map(np.int64, (x.tokens, x.head_stride, x.token_stride)),
-            *map(np.int32, (tiles, tile_rows, n, groups)),
+            *map(np.int64, (x.tokens, x.head_stride)),
+            *map(np.int32, (x.token_stride, tiles, tile_rows, n, groups)),
             reciprocal(groups),
             *map(np.int32, (pitch, TYPES[ends_dtype], aligned, chunk)),
             reciprocal(packed_size(n, spec.bits) // chunk),
@@ -83,8 +83,8 @@ def quantize_channel(
         columns * lanes,
         ends + max(found, tile_rows * pitch),
         (
-            *map(np.int64, (x.tokens, x.head_stride, x.token_stride, length)),
-            *map(np.int32, (groups, n, columns, tile_rows, pitch)),
+            *map(np.int64, (x.tokens, x.head_stride)),
+            *map(np.int32, (x.token_stride, length, groups, n, columns, tile_rows, pitch)),
             *map(np.int32, (TYPES[ends_dtype], aligned, chunk)),
             reciprocal(packed_size(n, spec.bits) // chunk),
         ),

@@ -15,6 +15,9 @@ SHARED = 48 * 1024
 CHANNELS = 2**15
 """Most channels of a row: `reciprocal` is exact up to there."""
 
+STRIDE = 2**31 - 1
+"""Most elements from a token to the next: kernels multiply 32 bits by 32."""
+
 THREADS = 256
 """Threads of a block, where a kernel leaves the choice."""
 
@@ -58,6 +61,8 @@ class Rows:
             stride = self.token_stride
         else:
             stride = self.token_stride if self.heads == 1 else self.head_stride
+        if abs(stride) > STRIDE:
+            return self
         return Rows(1, self.heads * self.tokens, self.channels, 0, stride)
 
     def aligned(self, pointer: int, itemsize: int, to: int = 16) -> bool:
@@ -80,7 +85,7 @@ def rows(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Rows | 
     if any(stride % itemsize for stride in strides):
         return None
     *steps, token_stride, channel_stride = (stride // itemsize for stride in strides)
-    if channels > 1 and channel_stride != 1:
+    if (channels > 1 and channel_stride != 1) or abs(token_stride) > STRIDE:
         return None
     heads, head_stride = 1, 0
     for size, step in zip(reversed(lead), reversed(steps), strict=True):

@@ -27,8 +27,8 @@ def within(x: Rows, *, dtype: str, limit: float, aligned: bool) -> Launch:
         THREADS,
         0,
         (
-            *map(np.int64, (x.tokens, x.head_stride, x.token_stride)),
-            *map(np.int32, (tiles, tile_rows, x.channels, vectors)),
+            *map(np.int64, (x.tokens, x.head_stride)),
+            *map(np.int32, (x.token_stride, tiles, tile_rows, x.channels, vectors)),
             reciprocal(vectors),
             np.int32(aligned),
             bits,

@@ -6,10 +6,17 @@ from functools import lru_cache
 
 import numpy as np
 
+from kvcompress._namespace import itemsize
 from kvcompress.ops.rotated import RotatedSpec
 from kvcompress_cupy import tables
 from kvcompress_cupy.launches.layout import THREADS, TYPES, Launch, Rows
 from kvcompress_cupy.sources import CTYPES, name
+
+TURNS = 4
+"""Tiles at most that a block quantizes, one after the other, with the same tables."""
+
+MANY = 1024
+"""Blocks that keep a GPU busy: as long as there are no more, each has one tile."""
 
 
 @lru_cache(maxsize=1024)
@@ -19,18 +26,20 @@ def quantize_rotated(x: Rows, *, spec: RotatedSpec, dtype: str, aligned: bool) -
     dim = x.channels
     tile_rows = THREADS * 32 // dim
     tiles = -(-x.tokens // tile_rows)
+    turns = max(1, min(TURNS, tiles * x.heads // MANY))
+    blocks = -(-tiles // turns)
     pitch = max(dim + dim // 4, dim + 16)
-    _, _, steps = tables.steps(spec.bits)
+    _, steps = tables.steps(spec.bits)
     return Launch(
         "quantize_rotated",
         name("quantize_rotated", spec.bits, dim, CTYPES[dtype]),
-        x.heads * tiles,
+        x.heads * blocks,
         THREADS,
-        tile_rows * pitch + 8 * (len(steps) + 2**spec.bits),
+        tile_rows * pitch + steps.nbytes + 8 * 2**spec.bits,
         (
-            *map(np.int64, (x.tokens, x.head_stride, x.token_stride)),
-            *map(np.int32, (tiles, aligned)),
-            *tables.signs(dim, spec.seed),
+            *map(np.int64, (x.tokens, x.head_stride)),
+            *map(np.int32, (x.token_stride, blocks, turns, aligned)),
+            tables.signs(dim, spec.seed, run=16 // itemsize(dtype), itemsize=itemsize(dtype)),
         ),
     )
 
@@ -61,6 +70,6 @@ def dequantize_rotated(
         (
             *map(np.int64, (codes.tokens, *strides)),
             *map(np.int32, (tiles, TYPES[gain_dtype], aligned)),
-            *tables.signs(channels, spec.seed),
+            tables.signs(channels, spec.seed, run=4, itemsize=itemsize(dtype)),
         ),
     )

@@ -106,7 +106,12 @@ class Affine(Kernels):
 def _supported(x: Array, tokens: int, spec: AffineSpec) -> bool:
     dtypes, channels = {dtype_name(x.dtype), spec.ends_dtype or dtype_name(x.dtype)}, x.shape[-1]
     limit = affine.COLUMNS if spec.axis == "channel" else CHANNELS
-    return dtypes <= set(CTYPES) and channels <= limit and _has_template(spec, tokens, channels)
+    return (
+        dtypes <= set(CTYPES)
+        and channels <= limit
+        and tokens < 2**31
+        and _has_template(spec, tokens, channels)
+    )
 
 
 def _has_template(spec: AffineSpec, tokens: int, channels: int) -> bool:
