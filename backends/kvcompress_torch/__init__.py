@@ -21,11 +21,16 @@ OPERATIONS = frozenset(
         "dequantize",
         "dequantize_rotated",
         "encode_product",
+        "gather_slots",
         "lookup",
         "nearest",
         "quantize",
+        "quantize_paged",
         "quantize_rotated",
+        "quantize_rotated_paged",
+        "scatter_slots",
         "within",
+        "within_paged",
     }
 )
 """What kernels there may be; `supports` knows which there are."""

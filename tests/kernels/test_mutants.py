@@ -69,10 +69,10 @@ MUTANTS = [
     Mutant("quantize_channel", "last token left out", "if (k * LANES + lane < count) range.widen", "if (k * LANES + lane < count - 1) range.widen"),
     Mutant("quantize_channel", "ends of the neighbour", "start + channel, inverse + channel, 1,", "start + channel, inverse + channel + 1, 1,"),
     Mutant("quantize_channel", "a barrier that not all reach", "int c = threadIdx.x; c < n; c += blockDim.x) {", "int c = threadIdx.x; c < n; c += blockDim.x) { if (c == 0) __syncthreads();"),
-    Mutant("dequantize", "the last row left out", "row < rows; row += lanes", "row < rows - 1; row += lanes"),
-    Mutant("dequantize", "a row too many", "row < rows; row += lanes", "row < rows + 1; row += lanes"),
+    Mutant("dequantize", "the last row left out", "if (row >= rows) break;", "if (row >= rows - 1) break;"),
+    Mutant("dequantize", "a row too many", "if (row >= rows) break;", "if (row > rows) break;"),
     Mutant("dequantize", "ends of the next group", "? tile : 0", "? tile + (tile + 1 < tiles) : 0"),
-    Mutant("dequantize", "the step is a quotient", "__fmul_rn(__fsub_rn(load_as(upper, end, ends_type), start[i]), SCALE)", "__fdiv_rn(__fsub_rn(load_as(upper, end, ends_type), start[i]), (float)((1 << BITS) - 1))"),
+    Mutant("dequantize", "the step is a quotient", "__fmul_rn(__fsub_rn(to_float(load(upper + end)), start[i]), SCALE)", "__fdiv_rn(__fsub_rn(to_float(load(upper + end)), start[i]), (float)((1 << BITS) - 1))"),
     Mutant("quantize_rotated", "no barrier after the tables", *BARRIER, which=0),
     Mutant("quantize_rotated", "no barrier before packing", *BARRIER, which=1),
     Mutant("quantize_rotated", "a sign ignored", "(minus << i & W::SIGN)", "(minus << i & W::SIGN & 0x7fffffffu)"),
@@ -145,7 +145,7 @@ def dequantize_rotated(backend, _):
 
 def pools(backend, family):
     """Several tiles of tokens; what is no token is not a number."""
-    tokens, heads, n = 700, 3, 40
+    tokens, heads, n = 1700, 3, 40
     rng = np.random.default_rng(0)
     slots = rng.permutation(tokens + 9)[:tokens].astype("int32")
     x = rng.standard_normal((heads, tokens, n)).astype("float16")
@@ -194,7 +194,7 @@ CHECKS = {
 
 @pytest.fixture(autouse=True)
 def blocks_take_turns(monkeypatch):
-    monkeypatch.setattr("kvcompress_cupy.launches.rotated.MANY", 4)
+    monkeypatch.setattr("kvcompress_cupy.launches.layout.MANY", 4)
     rotated_launches.quantize_rotated.cache_clear()
 
 

@@ -44,7 +44,9 @@ def test_conformance(backend):
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, BITS)])
-def test_affine(backend, dtype, bits):
+def test_affine(backend, monkeypatch, dtype, bits):
+    monkeypatch.setattr("kvcompress_cupy.launches.layout.MANY", 4)  # blocks take turns
+    affine.dequantize.cache_clear()
     cases = [*itertools.product(AXES, (32, 64, 128, None), CHANNELS)]
     for seed, (axis, group_size, n) in enumerate(cases):
         tokens = -(-VALUES * len(AXES) // (len(cases) * 3 * n))
@@ -89,7 +91,7 @@ def test_ends_of_another_dtype(backend, ends_dtype):
 
 @pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, BITS)])
 def test_rotated(backend, monkeypatch, dtype, bits):
-    monkeypatch.setattr("kvcompress_cupy.launches.rotated.MANY", 4)  # blocks take turns
+    monkeypatch.setattr("kvcompress_cupy.launches.layout.MANY", 4)  # blocks take turns
     rotated.quantize_rotated.cache_clear()
     for dim, tokens in itertools.product(DIMS, (1, 683)):
         x = hard.values((2, tokens, dim), dtype, bits=bits, seed=dim)

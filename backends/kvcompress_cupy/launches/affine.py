@@ -8,7 +8,7 @@ import numpy as np
 
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.packing import packed_size
-from kvcompress_cupy.launches.layout import SHARED, THREADS, TYPES, Launch, Rows, reciprocal
+from kvcompress_cupy.launches.layout import SHARED, THREADS, TYPES, Launch, Rows, reciprocal, turns
 from kvcompress_cupy.sources import CTYPES, GROUPS, name
 
 COLUMNS = 1024
@@ -110,9 +110,11 @@ def dequantize(
     quads = aligned and pack_chunk(channels, spec.bits) >= 4
     columns = min(THREADS, channels // 4 if quads else channels)
     lanes = THREADS // columns
-    tile_rows = min(codes.tokens, 8 * lanes if token else group or 128)
+    rows = 8 * lanes
+    rows *= turns(codes.heads * codes.tokens // rows)
+    tile_rows = min(codes.tokens, rows if token else group or 128)
     tiles = -(-codes.tokens // tile_rows)
-    strides = codes.head_stride, codes.token_stride, ends.head_stride, ends.token_stride
+    strides = codes.token_stride, ends.token_stride
     return Launch(
         "dequantize",
         name("dequantize", spec.bits, group, int(token), CTYPES[dtype]),
@@ -120,8 +122,9 @@ def dequantize(
         columns * lanes,
         0,
         (
-            *map(np.int64, (codes.tokens, *strides)),
-            *map(np.int32, (tiles, tile_rows, channels, columns, TYPES[ends_dtype], quads)),
+            *map(np.int64, (codes.tokens, codes.head_stride, ends.head_stride)),
+            *map(np.int32, (*strides, tiles, tile_rows, channels, columns)),
+            *map(np.int32, (TYPES[ends_dtype], quads)),
         ),
     )
 

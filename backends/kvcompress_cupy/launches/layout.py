@@ -21,6 +21,12 @@ STRIDE = 2**31 - 1
 THREADS = 256
 """Threads of a block, where a kernel leaves the choice."""
 
+TURNS = 4
+"""Tiles at most that a block takes one after the other."""
+
+MANY = 1024
+"""Blocks that keep a GPU busy: as long as there are no more, each has one tile."""
+
 TYPES = {"float16": 0, "bfloat16": 1, "float32": 2}
 """`enum Type` of the kernels."""
 
@@ -70,6 +76,11 @@ class Rows:
         strides = self.token_stride, self.head_stride
         offsets = (pointer, self.channels * itemsize, *(s * itemsize for s in strides))
         return all(offset % to == 0 for offset in offsets)
+
+
+def turns(tiles: int) -> int:
+    """Tiles that a block takes one after the other, preparing itself once: the more there are."""
+    return max(1, min(TURNS, tiles // MANY))
 
 
 def rows(shape: Sequence[int], strides: Sequence[int], itemsize: int) -> Rows | None:

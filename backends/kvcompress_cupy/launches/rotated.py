@@ -9,14 +9,8 @@ import numpy as np
 from kvcompress._namespace import itemsize
 from kvcompress.ops.rotated import RotatedSpec
 from kvcompress_cupy import tables
-from kvcompress_cupy.launches.layout import THREADS, TYPES, Launch, Rows
+from kvcompress_cupy.launches.layout import THREADS, TYPES, Launch, Rows, turns
 from kvcompress_cupy.sources import CTYPES, name
-
-TURNS = 4
-"""Tiles at most that a block quantizes, one after the other, with the same tables."""
-
-MANY = 1024
-"""Blocks that keep a GPU busy: as long as there are no more, each has one tile."""
 
 
 @lru_cache(maxsize=1024)
@@ -26,8 +20,8 @@ def quantize_rotated(x: Rows, *, spec: RotatedSpec, dtype: str, aligned: bool) -
     dim = x.channels
     tile_rows = THREADS * 32 // dim
     tiles = -(-x.tokens // tile_rows)
-    turns = max(1, min(TURNS, tiles * x.heads // MANY))
-    blocks = -(-tiles // turns)
+    taken = turns(tiles * x.heads)
+    blocks = -(-tiles // taken)
     pitch = max(dim + dim // 4, dim + 16)
     _, steps = tables.steps(spec.bits)
     return Launch(
@@ -38,7 +32,7 @@ def quantize_rotated(x: Rows, *, spec: RotatedSpec, dtype: str, aligned: bool) -
         tile_rows * pitch + steps.nbytes + 8 * 2**spec.bits,
         (
             *map(np.int64, (x.tokens, x.head_stride)),
-            *map(np.int32, (x.token_stride, blocks, turns, aligned)),
+            *map(np.int32, (x.token_stride, blocks, taken, aligned)),
             tables.signs(dim, spec.seed, run=16 // itemsize(dtype), itemsize=itemsize(dtype)),
         ),
     )
