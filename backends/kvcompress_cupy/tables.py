@@ -1,4 +1,4 @@
-"""Constants of the rotated kernels, taken from the generic operations."""
+"""Constants of the kernels, taken from the generic operations."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from functools import cache
 
 import numpy as np
 
+from kvcompress.ops.allocated import DEEPEST
 from kvcompress.ops.hadamard import signs as rotation_signs
-from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
+from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, all_levels, cells, levels
 
 BEYOND = 32
 """No number is as large: a rotated row of 256 channels and root mean square 1 holds at most 16."""
@@ -39,7 +40,7 @@ def steps(bits: int) -> tuple[int, np.ndarray]:
     if np.any(np.diff(codes) > 1):
         raise ValueError(f"a cell of {bits} bits lacks codes between it and its neighbour")
     shift = 0
-    while len(np.unique(rises >> (shift + 1))) == len(rises):
+    while shift < 10 and len(np.unique(rises >> (shift + 1))) == len(rises):
         shift += 1
     count = BEYOND * CELLS_PER_UNIT >> shift
     first = np.concatenate([np.arange(count), np.arange(-count, 0)]) << shift
@@ -89,3 +90,34 @@ def header(bits: tuple[int, ...]) -> str:
             "};",
         ]
     return "\n".join(lines)
+
+
+def all_steps_header() -> str:
+    """Return ``code_of(value, depth)`` as C++, for depths of 0 to 8 bits; see `steps`."""
+    known = [steps(bits) for bits in range(1, DEEPEST + 1)]
+    offsets = np.cumsum([0] + [len(table) for _, table in known])[:-1]
+    entries = ", ".join(str(entry) for _, table in known for entry in table)
+    masks = [len(table) - 1 for _, table in known]
+    return f"""
+struct Steps {{ int shift, mask, offset; }};
+__device__ const unsigned ALL_STEPS[] = {{{entries}}};
+__device__ const Steps STEPS_OF[] = {{
+    {", ".join(f"{{{s}, {m}, {o}}}" for (s, _), m, o in zip(known, masks, offsets, strict=True))}}};
+
+__device__ __forceinline__ unsigned code_of(float value, int depth) {{
+    if (depth == 0) return 0;
+    const Steps steps = STEPS_OF[depth - 1];
+    const unsigned cell = __float_as_uint(__fmaf_rd(value, {CELLS_PER_UNIT}.0f, 12582912.0f));
+    return (cell + ALL_STEPS[steps.offset + (cell >> steps.shift & steps.mask)]) >> 24;
+}}"""
+
+
+def all_levels_header() -> str:
+    """Return ``level_of(code, depth)`` as C++, for depths of 0 to 8 bits."""
+    numbers = ", ".join(f"{int(level * 4096)}.0f / 4096" for level in all_levels())
+    return f"""
+__device__ const float ALL_LEVELS[] = {{{numbers}}};
+
+__device__ __forceinline__ float level_of(unsigned code, int depth) {{
+    return ALL_LEVELS[256 * depth + code];
+}}"""

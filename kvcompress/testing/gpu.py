@@ -204,6 +204,14 @@ def calls(device: Device, backend: Backend, shape: tuple[int, int, int]) -> Iter
     yield Call("encode_product", f"256 x {VECTOR}", "float32", rate, (x, *books), {})
     codes = backend.encode_product(x, *books)  # type: ignore[attr-defined]
     yield Call("decode_product", f"256 x {VECTOR}", "float32", rate, (codes, *books), {})
+    del books, codes
+    total = 3 * channels
+    variances = device.array(_normal((heads, channels), "float32", seed=5) ** 2)
+    depths = ops.allocate(variances, total)
+    static = {"bits": total}
+    yield Call("quantize_allocated", "", "float32", "3", (x, depths), static)
+    packed = backend.quantize_allocated(x, depths, bits=total)  # type: ignore[attr-defined]
+    yield Call("dequantize_allocated", "", "float32", "3", (packed, depths), static)
 
 
 def _conformance(device: Device, backend: Backend) -> str:

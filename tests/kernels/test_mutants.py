@@ -85,6 +85,11 @@ MUTANTS = [
     Mutant("dequantize_rotated", "no barrier after the levels", *BARRIER),
     Mutant("dequantize_rotated", "halves of a warp swapped", "lane & bit ? -1.0f : 1.0f", "lane & bit ? 1.0f : -1.0f"),
     Mutant("dequantize_rotated", "a sign ignored", "& Word<T>::SIGN;", "& Word<T>::SIGN & 0x7fffffffu;"),
+    Mutant("quantize_allocated", "no barrier before packing", *BARRIER, which=-1),
+    Mutant("quantize_allocated", "places reversed", ">> owner % DEEPEST & 1u", ">> (DEEPEST - 1 - owner % DEEPEST) & 1u"),
+    Mutant("quantize_allocated", "depth of the first", "depth[component + j])", "depth[component])"),
+    Mutant("dequantize_allocated", "no barrier after the places", *BARRIER, which=-1),
+    Mutant("dequantize_allocated", "the bit of the next byte", "bit - part * bytes]", "bit - part * bytes + 1]"),
     Mutant("within", "limits of one value", "left &=", "left ="),
     Mutant("within", "signs kept", "(vector.words[j] & ~SIGN)", "vector.words[j]"),
     Mutant("within", "the last row left out", "i < count * vectors", "i < count * vectors - 1"),
@@ -122,7 +127,7 @@ def affine(backend, family):
 def dequantize(backend, _):
     for n in (128, 7):
         spec = AffineSpec(3, 64, "channel")
-        x = hard.values((2, 290, n), "float32", bits=3, seed=n)
+        x = hard.values((2, 272, n), "float32", bits=3, seed=n)
         encoded, static = ops.quantize(x, spec=spec), {"spec": spec, "channels": n}
         same([backend.dequantize(*encoded, **static)], [ops.dequantize(*encoded, **static)])
 
@@ -169,6 +174,18 @@ def pools(backend, family):
                 assert not backend.within_paged(pool, slots, limit=limit)
 
 
+def allocated(backend, family):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 700, 32)).astype("float32")
+    depths = ops.allocate(rng.random((2, 32), "float32"), 75)
+    codes = ops.quantize_allocated(x, depths, bits=75)
+    if family == "quantize_allocated":
+        same([backend.quantize_allocated(x, depths, bits=75)], [codes])
+    else:
+        levels = ops.dequantize_allocated(codes, depths, bits=75)
+        same([backend.dequantize_allocated(codes, depths, bits=75)], [levels])
+
+
 def nearest(backend, _):
     """Centroids far from each other: no near ties."""
     rng = np.random.default_rng(0)
@@ -185,6 +202,8 @@ CHECKS = {
     "dequantize": (dequantize, (3, 64, 0, "float")),
     "quantize_rotated": (rotated, (3, 128, "Float16")),
     "dequantize_rotated": (dequantize_rotated, (3, 128, "float")),
+    "quantize_allocated": (allocated, (4,)),
+    "dequantize_allocated": (allocated, (4,)),
     "within": (pools, ("Float16",)),
     "gather_slots": (pools, ("uint4",)),
     "scatter_slots": (pools, ("uint4",)),

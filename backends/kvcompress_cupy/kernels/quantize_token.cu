@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(THREADS, 3)
             if constexpr (GROUP > 0) {
                 if (left[u] > 0) range.widen(vector[u]);
             } else {
+#pragma unroll 2
                 for (int i = 0; i < left[u]; i += TEAM * SIZE)
                     range.widen(load_vector(values[u] + i, left[u] - i, aligned));
             }
@@ -60,6 +61,7 @@ __global__ void __launch_bounds__(THREADS, 3)
             if constexpr (GROUP > 0) {
                 encode_vector<BITS>(vector[u], &low, &inverse, 0, out);
             } else {
+#pragma unroll 2
                 for (int i = 0; i < left[u]; i += TEAM * SIZE) {
                     encode_vector<BITS>(load_vector(values[u] + i, left[u] - i, aligned), &low,
                                         &inverse, 0, out + i);
