@@ -104,10 +104,7 @@ class Call:
 
     def generic(self) -> tuple[Array, ...]:
         """Call the generic operation."""
-        name, arrays = self.op.removesuffix("_paged"), self.arrays
-        if name != self.op:
-            arrays = (ops.gather_slots(*arrays),)
-        result = _tuple(getattr(ops, name)(*arrays, **self.static))
+        result = _tuple(conformance.generic(self.op)(*self.arrays, **self.static))
         return result if self.dtype_out is None else (astype(result[0], self.dtype_out),)
 
 
