@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(THREADS)
             if (first + i < bits) owners[first + i] = (unsigned short)(component * DEEPEST + i);
     });
     const int loads = n / WIDTH;
-#pragma unroll 4
+#pragma unroll 2
     for (int i = threadIdx.x; i < count * loads; i += THREADS) {
         const int row = divide(i, loads_reciprocal), component = (i - row * loads) * WIDTH;
         const Run<float, WIDTH> values = load((const Run<float, WIDTH> *)(rows[row] + component));
@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(THREADS)
     }
     __syncthreads();
     codes += (head * tokens + start) * bytes;
+#pragma unroll 1
     for (int i = threadIdx.x; i < count * bytes; i += THREADS) {
         const int row = divide(i, bytes_reciprocal), first = i - row * bytes;
         unsigned out = 0;
