@@ -2,6 +2,8 @@
 
 An operation is a function of `kvcompress.ops`: arrays positional, everything static by keyword. A
 backend is an object with a method of the same name and signature for every operation it speeds up.
+A kernel that reads a paged cache in place is a method ``<operation>_paged``, which takes pool and
+slots (see `kvcompress.ops.slots`) for the first array.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from kvcompress._namespace import Array
 from kvcompress.errors import BackendError, BackendWarning
+from kvcompress.ops.slots import Paged, gather_slots
 
 BUILTIN: Mapping[str, str] = {
     "cupy": "kvcompress_cupy",
@@ -62,9 +65,22 @@ class Ops:
     backends: tuple[Backend, ...] = ()
 
     def __call__(self, op: Callable[..., Any], *arrays: Array, **static: Any) -> Any:
-        """Call `op`, or the method of the same name of a backend that supports the call."""
-        backend = self.backend_for(op.__name__, *arrays, **static)
-        return (op if backend is None else getattr(backend, op.__name__))(*arrays, **static)
+        """Call `op`, or the method of the same name of a backend that supports the call.
+
+        The first array may be `Paged`: a backend reads it in place, or it is gathered.
+        """
+        name, (first, *others) = op.__name__, arrays
+        if isinstance(first, Paged):
+            if self.backend_for(f"{name}_paged", first.pool, first.slots, *others, **static):
+                name, arrays = f"{name}_paged", (first.pool, first.slots, *others)
+            else:
+                arrays = self.array(first), *others
+        backend = self.backend_for(name, *arrays, **static)
+        return (op if backend is None else getattr(backend, name))(*arrays, **static)
+
+    def array(self, x: Array | Paged) -> Array:
+        """Return `x`, or a copy of what it stands for."""
+        return self(gather_slots, x.pool, x.slots) if isinstance(x, Paged) else x
 
     def backend_for(self, op: str, *arrays: Array, **static: Any) -> Backend | None:
         """Return the backend that takes this call; None means the generic operation."""

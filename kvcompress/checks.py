@@ -21,6 +21,9 @@ from kvcompress.ops.bounds import within
 LARGEST = 2.0**120
 """Largest magnitude accepted: what is computed from such still fits float32."""
 
+HALF_MAX = 65504.0
+"""Largest float16."""
+
 
 def check_shapes(k: Array, v: Array, layout: KVLayout, ndim: int) -> None:
     """Raise `ShapeError` unless keys and values fit each other and the layout."""
@@ -58,21 +61,22 @@ def check_dtypes(k: Array, v: Array) -> str:
 
 def check_finite(x: Array, role: Role, ops: Ops, nonfinite: str) -> Array:
     """Return `x`, saturated if so asked; else raise `NonFiniteError` as far as one can look."""
-    xp, dtype = array_namespace(x), dtype_name(x.dtype)
-    limit = min(LARGEST, float(xp.finfo(x.dtype).max)) if dtype == "float16" else LARGEST
+    limit = HALF_MAX if dtype_name(x.dtype) == "float16" else LARGEST
     if nonfinite == "saturate":
+        xp, x = array_namespace(x), ops.array(x)
         # No clip: NumPy has none for bfloat16.
         x = xp.where(xp.isnan(x), xp.zeros_like(x), x)
         x = xp.where(x > limit, xp.full_like(x, limit), x)
         return xp.where(x < -limit, xp.full_like(x, -limit), x)
     if is_concrete(x) and not bool(ops(within, x, limit=limit)):
-        raise NonFiniteError(_first(~(xp.abs(x) <= limit), x, role))
+        raise NonFiniteError(_first(ops.array(x), limit, role))
     return x
 
 
-def _first(bad: Array, x: Array, role: Role) -> str:
+def _first(x: Array, limit: float, role: Role) -> str:
     """Say where the first bad value is."""
     xp = array_namespace(x)
+    bad = ~(xp.abs(x) <= limit)
     flat = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.uint8)))
     where = tuple(int(i) for i in np.unravel_index(flat, x.shape))
     count = int(xp.sum(xp.astype(bad, xp.int32)))

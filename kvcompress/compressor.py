@@ -15,7 +15,7 @@ from kvcompress._namespace import (
     narrow,
 )
 from kvcompress.backend import Ops, select
-from kvcompress.checks import check_dtypes, check_finite, check_shapes
+from kvcompress.checks import LARGEST, check_dtypes, check_finite, check_shapes
 from kvcompress.compressed import CompressedKV, CompressedTensor, KVLayout
 from kvcompress.compressed_cache import CompressedCache
 from kvcompress.errors import (
@@ -29,13 +29,18 @@ from kvcompress.errors import (
 )
 from kvcompress.methods.base import Method, Role, TensorSpec
 from kvcompress.methods.span_transform import SpanTransform
+from kvcompress.ops.slots import Paged
 from kvcompress.whole_cache import compress_span, decompress_span, positions_of
 
 QUANT_BITS = (2, 3, 4, 8)
 
 
 class KVCache(Protocol):
-    """What the compressor asks of a cache of keys and values."""
+    """What the compressor asks of a cache of keys and values.
+
+    A cache that also has ``paged_kv(seq_id, layer)``, which returns two `kvcompress.ops.Paged`, is
+    compressed without being copied where method and backend can read it in place.
+    """
 
     def get_kv(self, seq_id: Any, layer: int) -> tuple[Array, Array]:
         """Keys and values ``[num_heads, seq_len, head_dim]`` of a sequence in a layer."""
@@ -273,6 +278,9 @@ class KVCacheCompressor:
     def compress_paged_cache(self, cache: KVCache, seq_id: Any, layer: int = 0) -> CompressedKV:
         """Compress one sequence of one layer of a paged cache, which is left as it is.
 
+        Backends with kernels for it read the cache's pools in place, by methods that need no array
+        but for such operations; others work on a copy.
+
         Returns
         -------
         CompressedKV
@@ -283,7 +291,8 @@ class KVCacheCompressor:
         UnknownSequence, UnknownLayer
             From the cache; and the errors of `compress_kv`.
         """
-        return self.compress_kv_3d(*cache.get_kv(seq_id, layer))
+        read = getattr(cache, "paged_kv", cache.get_kv)
+        return self.compress_kv_3d(*read(seq_id, layer))
 
     def decompress_to_paged_cache(
         self, compressed: CompressedKV, cache: KVCache, seq_id: Any, layer: int = 0
@@ -370,7 +379,8 @@ class KVCacheCompressor:
         for role, x in tensors.items():
             # Settings that do not fit the shape raise here, before anything is computed.
             self._method(role).encoded_spec(self._split_spec(x.shape, dtype)[0], role)
-        finite = {role: check_finite(x, role, ops, self.nonfinite) for role, x in tensors.items()}
+        read = {role: self._readable(x, role, ops) for role, x in tensors.items()}
+        finite = {role: check_finite(x, role, ops, self.nonfinite) for role, x in read.items()}
         keys, values = (self._encode(x, role, ops) for role, x in finite.items())
         sinks = min(self.sinks, k.shape[-2])
         return CompressedKV(keys, values, layout, (tuple(k.shape), tuple(v.shape)), dtype, sinks)
@@ -395,18 +405,28 @@ class KVCacheCompressor:
     def _encode(self, x: Array, role: Role, ops: Ops) -> CompressedTensor:
         xp, method = array_namespace(x), self._method(role)
         coded, exact = self._split_spec(x.shape, dtype_name(x.dtype))
-        x = xp.reshape(x, _fold(x.shape))
+        if x.ndim != 3:
+            x = xp.reshape(x, _fold(x.shape))
         kept = None
         if self.sinks or self.window:
             sinks = min(self.sinks, x.shape[1])
             window = exact.shape[1] - sinks
             end = x.shape[1] - window
-            kept = xp.concat([x[:, :sinks, :], x[:, end:, :]], axis=1)
+            kept = xp.concat([ops.array(x[:, :sinks, :]), ops.array(x[:, end:, :])], axis=1)
             x = x[:, sinks:end, :]
         payload = method.encode(x, role, ops)
         payload = {name: payload[name] for name in sorted(payload)}  # as a pytree orders it
         ndim = next(iter(payload.values())).ndim
         return CompressedTensor(payload, kept, method.detach(), role, coded, ndim)
+
+    def _readable(self, x: Array | Paged, role: Role, ops: Ops) -> Array | Paged:
+        """Return `x`, gathered unless the method and a backend can do with it in its pool."""
+        in_place = (
+            isinstance(x, Paged)
+            and self._method(role).by_operations
+            and ops.backend_for("within_paged", x.pool, x.slots, limit=LARGEST)
+        )
+        return x if in_place else ops.array(x)
 
     def _split_spec(self, shape: tuple[int, ...], dtype: str) -> tuple[TensorSpec, TensorSpec]:
         """Specs of the tokens to encode and of those to keep exact."""

@@ -215,7 +215,9 @@ def test_the_loopback_backend_conforms(loopback):
 def test_conformance_on_every_library(xp, loopback, monkeypatch):
     monkeypatch.setattr(type(loopback), "supports", lambda *_, **__: True)
     for op in {case.op for case in conformance.cases()}:
-        monkeypatch.setattr(type(loopback), op, staticmethod(getattr(ops, op)), raising=False)
+        monkeypatch.setattr(
+            type(loopback), op, staticmethod(conformance.generic(op)), raising=False
+        )
     seen, turn = set(), Counter()
     for case in conformance.cases():
         turn[case.op] += 1
@@ -226,7 +228,9 @@ def test_conformance_on_every_library(xp, loopback, monkeypatch):
         dtypes.add(getattr(case.static.get("spec"), "ends_dtype", None))
         if dtypes & {"float16", "bfloat16"} - {*xp.dtypes}:
             continue
-        assert conformance.check(loopback, case, asarray=xp.asarray)
+        writable = case.overwrites and xp.name == "numpy-readonly"
+        asarray = np.array if writable else xp.asarray
+        assert conformance.check(loopback, case, asarray=asarray)
         seen.add(case.op)
     assert seen == {case.op for case in conformance.cases()}
 

@@ -8,10 +8,11 @@ from threading import Lock
 from typing import Any
 
 import array_api_compat as compat
+import numpy as np
 
 from kvcompress._namespace import Array, dtype_of
 from kvcompress_cupy import sources
-from kvcompress_cupy.geometry import Launch
+from kvcompress_cupy.launches.layout import Launch
 from kvcompress_cupy.operations import Operations
 
 
@@ -27,6 +28,13 @@ class CupyRuntime:
         xp = compat.array_namespace(like)
         return xp.empty(shape, dtype=dtype_of(xp, dtype), device=like.device)
 
+    def true(self, like: Array) -> Array:
+        """Allocate a boolean without dimensions, and set it."""
+        import cupy
+
+        with like.device:
+            return cupy.ones((), dtype=bool)
+
     def contiguous(self, x: Array) -> Array:
         """Return `x` or a copy in C order."""
         import cupy
@@ -34,14 +42,22 @@ class CupyRuntime:
         with x.device:
             return cupy.ascontiguousarray(x)
 
-    def launch(self, launch: Launch, *arrays: Array, reached: Sequence[Array] = ()) -> None:
-        """Run a kernel on the current stream of the arrays' device."""
-        with arrays[0].device:
+    def launch(
+        self,
+        launch: Launch,
+        *arrays: Array | None,
+        reached: Sequence[Array] = (),
+        changed: Sequence[Array] = (),
+    ) -> None:
+        """Run a kernel on the current stream of the first array's device."""
+        (first, *_) = arrays
+        pointers = [_NULL if array is None else array for array in (*arrays, *changed)]
+        with first.device:  # type: ignore[union-attr]
             kernel = _kernel(launch.family, launch.name)
             kernel(
                 (launch.grid,),
                 (launch.block,),
-                (*arrays, *launch.scalars),
+                (*pointers, *launch.scalars),
                 shared_mem=launch.shared,
             )
 
@@ -73,6 +89,7 @@ class CupyBackend(Operations):
         )
 
 
+_NULL = np.uint64(0)
 _compiling = Lock()
 
 

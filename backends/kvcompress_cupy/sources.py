@@ -42,6 +42,17 @@ _PARAMETERS: dict[str, tuple[tuple[object, ...], ...]] = {
     "lookup": (tuple(WORDS.values()),),
     "encode_product": (VECTOR_DIMS,),
     "decode_product": ((4, 2, 1),),
+    "quantize_allocated": ((4, 1),),
+    "dequantize_allocated": ((4, 1),),
+    "within": (tuple(CTYPES.values()),),
+    "gather_slots": (tuple(WORDS.values()),),
+    "scatter_slots": (tuple(WORDS.values()),),
+}
+
+_WRITTEN = {
+    "tables.cuh": lambda: tables.header(BITS),
+    "all_steps.cuh": tables.all_steps_header,
+    "all_levels.cuh": tables.all_levels_header,
 }
 
 FAMILIES = tuple(_PARAMETERS)
@@ -62,8 +73,8 @@ def name(family: str, *parameters: object) -> str:
 def source(family: str) -> str:
     """Source of a kernel with its headers in place.
 
-    One string, since CuPy's cache of compiled kernels knows a source by its text. The header
-    ``tables.cuh`` is no file, but what `tables.header` writes.
+    One string, since CuPy's cache of compiled kernels knows a source by its text. The headers of
+    constants are no files, but what `tables` writes.
     """
     included: set[str] = set()
 
@@ -72,8 +83,8 @@ def source(family: str) -> str:
         for line in (KERNELS / file).read_text(encoding="utf-8").splitlines():
             if line.startswith("#include"):
                 header = line.split('"')[1]
-                if header == "tables.cuh":
-                    lines.append(tables.header(BITS))
+                if header in _WRITTEN:
+                    lines.append(_WRITTEN[header]())
                     continue
                 if header not in included:
                     included.add(header)

@@ -19,13 +19,20 @@ OPERATIONS = frozenset(
         "clip_groups",
         "decode_product",
         "dequantize",
+        "dequantize_allocated",
         "dequantize_rotated",
         "encode_product",
+        "gather_slots",
         "lookup",
         "nearest",
         "quantize",
+        "quantize_allocated",
+        "quantize_paged",
         "quantize_rotated",
+        "quantize_rotated_paged",
+        "scatter_slots",
         "within",
+        "within_paged",
     }
 )
 """What kernels there may be; `supports` knows which there are."""

@@ -18,8 +18,8 @@ from kvcompress._namespace import (
     is_concrete,
     library_name,
     namespace_of,
-    scatter,
 )
+from kvcompress.backend import select
 from kvcompress.errors import (
     DTypeError,
     NamespaceError,
@@ -30,6 +30,7 @@ from kvcompress.errors import (
     UnknownSequence,
     check_integer,
 )
+from kvcompress.ops.slots import Paged, gather_slots, scatter_slots
 
 
 @dataclass
@@ -48,9 +49,10 @@ class PagedKVCache:
     layer has its own length, since a model appends layer by layer. Forked sequences share blocks,
     which are copied when one of them writes.
 
-    What is read is always a copy. Blocks that were freed are not erased, but cannot be read. Every
-    error is raised before anything changes. Arrays that cannot be written in place (JAX) are
-    replaced as a whole: an append then costs a copy of the layer's pool. One thread at a time.
+    What is read is a copy, but for `paged_kv`. Blocks that were freed are not erased, but cannot be
+    read. Every error is raised before anything changes. Arrays that cannot be written in place
+    (JAX) are replaced as a whole: an append then costs a copy of the layer's pool. One thread at a
+    time.
 
     Parameters
     ----------
@@ -203,6 +205,20 @@ class PagedKVCache:
         """
         return self._read(seq_id, layer, 0, self.seq_len(seq_id, layer))
 
+    def paged_kv(self, seq_id: Hashable, layer: int) -> tuple[Paged, Paged]:
+        """Keys and values of a sequence in one layer where they are, not copied.
+
+        Returns
+        -------
+        k, v : Paged ``[num_kv_heads, seq_len, head_dim]``
+            To be read before anything else is done to the cache.
+
+        Raises
+        ------
+        UnknownSequence, UnknownLayer
+        """
+        return self._paged(seq_id, layer, 0, self.seq_len(seq_id, layer))
+
     def iter_kv_blocks(self, seq_id: Hashable, layer: int) -> Iterator[tuple[Array, Array]]:
         """Keys and values of a sequence in one layer, copied block by block, in order.
 
@@ -354,32 +370,31 @@ class PagedKVCache:
         block, offset = np.divmod(token, np.int32(self.block_size))
         return np.asarray(table, dtype=np.int32)[block] * np.int32(self.block_size) + offset
 
-    def _read(self, seq_id: Hashable, layer: int, start: int, stop: int) -> tuple[Array, Array]:
+    def _paged(self, seq_id: Hashable, layer: int, start: int, stop: int) -> tuple[Paged, Paged]:
         slots = self._index(self._slots(self._sequences[seq_id].table, start, stop))
-        k, v = (
-            self._xp.permute_dims(self._xp.take(pool[layer], slots, axis=0), (1, 0, 2))
-            for pool in (self._keys, self._values)
-        )
+        return Paged(self._keys[layer], slots), Paged(self._values[layer], slots)
+
+    def _read(self, seq_id: Hashable, layer: int, start: int, stop: int) -> tuple[Array, Array]:
+        ops = select()
+        k, v = (ops.array(x) for x in self._paged(seq_id, layer, start, stop))
         return k, v
 
     def _write(self, layer: int, slots: np.ndarray[Any, Any], k: Array, v: Array) -> None:
-        order = np.argsort(slots)
-        index, order = self._index(slots[order]), self._index(order.astype(np.int32))
+        ops, index = select(), self._index(slots)
         for pool, x in ((self._keys, k), (self._values, v)):
-            rows = self._xp.take(self._xp.permute_dims(x, (1, 0, 2)), order, axis=0)
-            pool[layer] = scatter(pool[layer], index, rows, overwrite=True)
+            pool[layer] = ops(scatter_slots, pool[layer], index, x)
 
     def _copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Copy whole blocks, in all layers; `targets` are sorted."""
+        """Copy whole blocks, in all layers."""
         if not sources:
             return
-        size = self.block_size
+        ops, size = select(), self.block_size
         source = self._index(self._slots(sources, 0, len(sources) * size))
         target = self._index(self._slots(targets, 0, len(targets) * size))
         for pool in (self._keys, self._values):
             for layer, rows in enumerate(pool):
-                copied = self._xp.take(rows, source, axis=0)
-                pool[layer] = scatter(rows, target, copied, overwrite=True)
+                copied = ops(gather_slots, rows, source)
+                pool[layer] = ops(scatter_slots, rows, target, copied)
 
     def _index(self, rows: np.ndarray[Any, Any]) -> Array:
         return self._xp.asarray(rows, device=self.device)

@@ -53,6 +53,9 @@ class Method(ABC):
 
     _registry: ClassVar[dict[str, type[Method]]] = {}
 
+    by_operations: ClassVar[bool] = False
+    """Whether `encode` only asks `x` for shape, dtype and library, and hands it to operations."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         Method._registry[cls.__name__] = cls

@@ -41,6 +41,8 @@ class GroupQuantization(Method):
         If a setting is out of range.
     """
 
+    by_operations = True
+
     bits: int = 0
     group_size: int = 64
     key_axis: Literal["channel", "token"] = "channel"

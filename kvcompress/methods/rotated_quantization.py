@@ -36,6 +36,8 @@ class RotatedQuantization(Method):
         If a setting is out of range.
     """
 
+    by_operations = True
+
     bits: int
     seed: int = 0
 

@@ -15,9 +15,11 @@ from kvcompress.ops.packing import pack, packed_size, unpack
 from kvcompress.ops.pca import Principal, center, principal_components, reconstruct, variances
 from kvcompress.ops.product import decode_product, encode_product
 from kvcompress.ops.rotated import RotatedSpec, dequantize_rotated, quantize_rotated
+from kvcompress.ops.slots import Paged, gather_slots, scatter_slots
 
 __all__ = [
     "AffineSpec",
+    "Paged",
     "Principal",
     "RotatedSpec",
     "allocate",
@@ -29,6 +31,7 @@ __all__ = [
     "dequantize_rotated",
     "encode_product",
     "gather_rows",
+    "gather_slots",
     "hadamard",
     "inverse_hadamard",
     "kmeans",
@@ -43,6 +46,7 @@ __all__ = [
     "quantize_allocated",
     "quantize_rotated",
     "reconstruct",
+    "scatter_slots",
     "unpack",
     "variances",
     "within",

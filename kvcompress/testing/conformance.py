@@ -46,7 +46,7 @@ class Case:
     Attributes
     ----------
     op : str
-        Name of the operation in `kvcompress.ops`.
+        Name of the operation in `kvcompress.ops`; with ``_paged``, on the slots of a pool.
     arrays : tuple of NumPy arrays
     static : dict
         Keyword arguments.
@@ -62,10 +62,23 @@ class Case:
         default=lambda _, got, expected: _same(got, expected)
     )
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether the first array may be changed."""
+        return self.op == "scatter_slots"
+
     def __str__(self) -> str:
         arrays = " ".join(f"{a.dtype.name}{list(a.shape)}" for a in self.arrays)
         static = " ".join(f"{value}" for value in self.static.values())
         return f"{self.op}: {arrays} {static}".strip()
+
+
+def generic(op: str) -> Callable[..., Any]:
+    """Return the operation called `op`; with ``_paged``, one that first gathers from a pool."""
+    if not op.endswith("_paged"):
+        return getattr(ops, op)  # type: ignore[no-any-return]
+    plain = getattr(ops, op.removesuffix("_paged"))
+    return lambda pool, slots, **static: plain(ops.gather_slots(pool, slots), **static)
 
 
 def cases() -> Iterator[Case]:
@@ -97,6 +110,18 @@ def cases() -> Iterator[Case]:
             encoded = tuple(to_host(a) for a in ops.quantize_rotated(x, spec=rotated))
             static = {"spec": rotated, "channels": shape[-1], "dtype": dtype}
             yield Case("dequantize_rotated", encoded, static, _derotated)
+    for (heads, tokens, channels), dtype in itertools.product(_SHAPES, FLOATING):
+        pool = _tensor((tokens + 3, heads, channels), dtype, seed=next(seeds))
+        rng = np.random.default_rng(next(seeds))
+        paged = pool, rng.permutation(tokens + 3)[:tokens].astype("int32")
+        yield Case("gather_slots", paged)
+        x = _tensor((heads, tokens, channels), dtype, seed=next(seeds))
+        yield Case("scatter_slots", (*paged, x))
+        yield Case("within_paged", paged, {"limit": 0.75}, _equal)
+        for bits, axis in itertools.product((2, 4), _AXES):
+            yield Case("quantize_paged", paged, {"spec": AffineSpec(bits, 64, axis)})
+        if channels & (channels - 1) == 0:
+            yield Case("quantize_rotated_paged", paged, {"spec": RotatedSpec(4, 0)})
     x = 2.0**-99 * (1 + np.random.default_rng(next(seeds)).integers(0, 9, (2, 40, 16)) * 2.0**-23)
     for axis in _AXES:  # ranges that count as none, between ends that count
         yield Case("quantize", (x.astype("float32"),), {"spec": AffineSpec(4, 16, axis)})
@@ -166,10 +191,11 @@ def check(backend: Backend, case: Case, *, asarray: Callable[[Any], Array] = np.
         return False
     if not backend.supports(case.op, *arrays, **case.static):
         return False
-    before = [to_host(a).copy() for a in arrays]
+    expected = _tuple(generic(case.op)(*(asarray(a.copy()) for a in case.arrays), **case.static))
+    kept = arrays[case.overwrites :]
+    before = [to_host(a).copy() for a in kept]
     got = _tuple(kernel(*arrays, **case.static))
-    _same([to_host(a) for a in arrays], before)
-    expected = _tuple(getattr(ops, case.op)(*arrays, **case.static))
+    _same([to_host(a) for a in kept], before)
     names = [(array_namespace(a).__name__, device(a), dtype_name(a.dtype)) for a in expected]
     found = [(array_namespace(a).__name__, device(a), dtype_name(a.dtype)) for a in got]
     np.testing.assert_equal(found, names, f"library, device or dtype of the results of {case}")

@@ -38,11 +38,12 @@ AXES: tuple[Literal["channel", "token"], ...] = ("channel", "token")
 BITS = (2, 3, 4, 8)
 GROUP = 64
 VECTOR = 4
+_HEADS, _BLOCK = 8, 16
 BEYOND = 2**31 + 2**20
 """Values of the one tensor that 32 bits cannot number."""
 
 
-_LINE = "{:20}{:13}{:10}{:>5}{:>10}{:>8}{:>9}{:>11}"
+_LINE = "{:23}{:14}{:10}{:>5}{:>10}{:>8}{:>9}{:>11}"
 
 # Relative errors that one rounding more or less leads to.
 _ULP = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-20}
@@ -91,6 +92,11 @@ class Call:
     static: dict[str, Any]
     dtype_out: str | None = None
 
+    @property
+    def overwrites(self) -> bool:
+        """Whether the first array is changed."""
+        return self.op == "scatter_slots"
+
     def kernel(self, backend: Backend) -> tuple[Array, ...]:
         """Call the backend."""
         static = self.static if self.dtype_out is None else {**self.static, "dtype": self.dtype_out}
@@ -98,7 +104,7 @@ class Call:
 
     def generic(self) -> tuple[Array, ...]:
         """Call the generic operation."""
-        result = _tuple(getattr(ops, self.op)(*self.arrays, **self.static))
+        result = _tuple(conformance.generic(self.op)(*self.arrays, **self.static))
         return result if self.dtype_out is None else (astype(result[0], self.dtype_out),)
 
 
@@ -158,6 +164,26 @@ def calls(device: Device, backend: Backend, shape: tuple[int, int, int]) -> Iter
             static = {"spec": rotated, "channels": channels}
             yield Call("dequantize_rotated", "", dtype, str(bits), coded, static, dtype)
     heads, tokens, _ = shape
+    x = device.array(_normal(shape, "float16", seed=0))
+    yield Call("within", "", "float16", "", (x,), {"limit": 65504.0})
+    # As an engine has them: tokens of a few heads, in blocks of 16 that are in no order.
+    held = _HEADS if heads % _HEADS == 0 else heads
+    count = heads * tokens // held
+    blocks = np.random.default_rng(4).permutation(-(-count // _BLOCK))
+    slots = device.array((blocks[:, None] * _BLOCK + np.arange(_BLOCK)).reshape(-1).astype("int32"))
+    pool = array_namespace(x).reshape(x, (count, held, channels))
+    pool = array_namespace(x).concat([pool, pool[: slots.shape[0] - count]])
+    yield Call("gather_slots", f"blocks of {_BLOCK}", "float16", "", (pool, slots), {})
+    rows = backend.gather_slots(pool, slots)  # type: ignore[attr-defined]
+    yield Call("scatter_slots", f"blocks of {_BLOCK}", "float16", "", (pool, slots, rows), {})
+    del rows
+    yield Call("within_paged", "", "float16", "", (pool, slots), {"limit": 65504.0})
+    for axis in AXES:
+        spec = AffineSpec(4, GROUP, axis)
+        yield Call("quantize_paged", f"per {axis}", "float16", "4", (pool, slots), {"spec": spec})
+    static = {"spec": RotatedSpec(4, 0)}
+    yield Call("quantize_rotated_paged", "", "float16", "4", (pool, slots), static)
+    del x, pool, slots
     vectors = device.array(
         _normal((heads * tokens * channels // VECTOR, VECTOR), "float32", seed=1)
     )
@@ -175,6 +201,14 @@ def calls(device: Device, backend: Backend, shape: tuple[int, int, int]) -> Iter
     yield Call("encode_product", f"256 x {VECTOR}", "float32", rate, (x, *books), {})
     codes = backend.encode_product(x, *books)  # type: ignore[attr-defined]
     yield Call("decode_product", f"256 x {VECTOR}", "float32", rate, (codes, *books), {})
+    del books, codes
+    total = 3 * channels
+    variances = device.array(_normal((heads, channels), "float32", seed=5) ** 2)
+    depths = ops.allocate(variances, total)
+    static = {"bits": total}
+    yield Call("quantize_allocated", "", "float32", "3", (x, depths), static)
+    packed = backend.quantize_allocated(x, depths, bits=total)  # type: ignore[attr-defined]
+    yield Call("dequantize_allocated", "", "float32", "3", (packed, depths), static)
 
 
 def _conformance(device: Device, backend: Backend) -> str:
@@ -185,9 +219,10 @@ def _conformance(device: Device, backend: Backend) -> str:
 def _row(call: Call, device: Device, backend: Backend, copy: float) -> str:
     if not backend.supports(call.op, *call.arrays, **call.static):
         raise AssertionError("the backend does not take the call")
-    got = call.kernel(backend)
-    _compare(call, got, call.generic())
-    size = sum(x.nbytes for x in (*call.arrays, *got))
+    got = _kept(call, call.kernel(backend))
+    _compare(call, got, _kept(call, call.generic()))
+    read = call.arrays[call.overwrites :]
+    size = sum(x.nbytes for x in (*read, *got))
     del got
     seconds = device.time(lambda: call.kernel(backend), capture=True)
     generic = device.time(call.generic, capture=False)
@@ -195,6 +230,16 @@ def _row(call: Call, device: Device, backend: Backend, copy: float) -> str:
     figures = f"{seconds * 1e6:.1f}", f"{rate / 1e9:.0f}", f"{rate / copy:.2f}"
     ratio = f"{generic / seconds:.1f}"
     return _LINE.format(call.op, call.setting, call.dtype, call.bits, *figures, ratio)
+
+
+def _kept(call: Call, results: tuple[Array, ...]) -> tuple[Array, ...]:
+    """Results; where an argument was overwritten, a copy of it, and it is zero again."""
+    if not call.overwrites:
+        return results
+    (x,) = results
+    copied = array_namespace(x).asarray(x, copy=True)
+    x[...] = 0
+    return (copied,)
 
 
 def _compare(call: Call, got: tuple[Array, ...], expected: tuple[Array, ...]) -> None:

@@ -17,6 +17,7 @@
 #endif
 
 #include <algorithm>
+#include <cfenv>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -315,7 +316,14 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fsqrt_rn(float x) { return std::sqrt(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline int __float2int_rd(float x) { return (int)std::floor(x); }
+inline float __frcp_rn(float x) { return 1.0f / x; }
+inline float __fmaf_rd(float a, float b, float c) {
+    const int mode = std::fegetround();
+    std::fesetround(FE_DOWNWARD);
+    volatile float x = a, out = std::fma(x, b, c);
+    std::fesetround(mode);
+    return out;
+}
 
 using std::max;
 using std::min;
@@ -348,6 +356,11 @@ inline float half_to_float(unsigned short bits) {
     return (float)half;
 }
 
+inline void halves_to_floats(unsigned word, float &low, float &high) {
+    low = half_to_float((unsigned short)word);
+    high = half_to_float((unsigned short)(word >> 16));
+}
+
 inline unsigned short float_to_half(float x) {
     const _Float16 half = (_Float16)x;
     unsigned short bits;
@@ -358,6 +371,14 @@ inline unsigned short float_to_half(float x) {
 inline unsigned short float_to_bfloat(float x) {
     const unsigned bits = __float_as_uint(x);
     return (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline unsigned floats_to_halves(float low, float high) {
+    return float_to_half(low) | (unsigned)float_to_half(high) << 16;
+}
+
+inline unsigned floats_to_bfloats(float low, float high) {
+    return float_to_bfloat(low) | (unsigned)float_to_bfloat(high) << 16;
 }
 
 template <class Choose>

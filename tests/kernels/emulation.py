@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from kvcompress_cupy import sources
-from kvcompress_cupy.geometry import Launch
+from kvcompress_cupy.launches.layout import Launch
 
 from kvcompress._namespace import dtype_of, namespace_of
 
@@ -68,7 +68,7 @@ class Kernels:
     def __call__(
         self,
         launch: Launch,
-        *arrays: np.ndarray,
+        *arrays: np.ndarray | None,
         reached: Sequence[np.ndarray] = (),
         seed: int,
         writable: int,
@@ -86,6 +86,8 @@ class Kernels:
         pointers = (ctypes.c_void_p * len(buffers))(*(b.ctypes.data for b in buffers))
         ranges = []
         for i, array in enumerate((*reached, *arrays)):
+            if array is None:
+                continue
             start, stop = np.lib.array_utils.byte_bounds(array)
             ranges += [start, stop, int(i >= len(reached) + len(arrays) - writable)]
         error = self._launch(
@@ -140,16 +142,27 @@ class EmulatedRuntime:
         self._outputs.append(out)
         return out
 
+    def true(self, like: np.ndarray) -> np.ndarray:
+        out = self.empty((), "bool", like)
+        out[...] = True
+        return out
+
     def contiguous(self, x: np.ndarray) -> np.ndarray:
         self.copies += 1
         return np.ascontiguousarray(x)
 
     def launch(
-        self, launch: Launch, *arrays: np.ndarray, reached: Sequence[np.ndarray] = ()
+        self,
+        launch: Launch,
+        *arrays: np.ndarray | None,
+        reached: Sequence[np.ndarray] = (),
+        changed: Sequence[np.ndarray] = (),
     ) -> None:
         self.launches.append(launch)
         self._launched = True
         outputs = [any(array is output for output in self._outputs) for array in arrays]
+        outputs += [True] * len(changed)
+        arrays = *arrays, *changed
         if outputs != sorted(outputs):
             raise EmulationError("outputs come last")
         kernels = self._kernels(launch.family)
@@ -157,5 +170,5 @@ class EmulatedRuntime:
         kernels(launch, *arrays, reached=reached, seed=seed, writable=writable, flush=self.flush)
 
 
-def _pointer(x: np.ndarray) -> int:
-    return int(x.__array_interface__["data"][0])
+def _pointer(x: np.ndarray | None) -> int:
+    return 0 if x is None else int(x.__array_interface__["data"][0])

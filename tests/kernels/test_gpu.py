@@ -44,12 +44,20 @@ def test_all_calls_are_checked_and_timed(backend, capsys):
     assert gpu.run(HostDevice(), backend, (2, 70, 64)) == 0
     lines = capsys.readouterr().out.splitlines()
     calls = [line for line in lines if " float" in line or " bfloat" in line]
-    assert len(calls) == 3 * 4 * (4 + 2) + 4
+    assert len(calls) == 3 * 4 * (4 + 2) + 7 + 6
     assert lines[-1].startswith("0 checks failed")
 
 
 @pytest.mark.parametrize(
-    ("op", "lines"), [("quantize", 24), ("dequantize_rotated", 12), ("encode_product", 1)]
+    ("op", "lines"),
+    [
+        ("quantize", 24),
+        ("dequantize_rotated", 12),
+        ("encode_product", 1),
+        ("gather_slots", 1),
+        ("scatter_slots", 1),
+        ("quantize_rotated_paged", 1),
+    ],
 )
 def test_a_wrong_kernel_fails(backend, capsys, op, lines):
     right = getattr(backend, op)

@@ -9,6 +9,7 @@ import hard
 import numpy as np
 import pytest
 from emulation import EmulationError, build
+from kvcompress_cupy.launches import rotated as rotated_launches
 from kvcompress_cupy.sources import name
 
 from conftest import EmulatedBackend
@@ -64,24 +65,40 @@ MUTANTS = [
     Mutant("quantize_channel", "no barrier before the codes", *BARRIER, which=1),
     Mutant("quantize_channel", "no barrier before packing", *BARRIER, which=2),
     Mutant("quantize_channel", "no barrier before the next codes", *BARRIER, which=3),
-    Mutant("quantize_channel", "a lane left out", "k < LANES; ++k", "k < LANES - 1; ++k"),
+    Mutant("quantize_channel", "a lane left out", "k < lanes; ++k", "k < lanes - 1; ++k"),
     Mutant("quantize_channel", "last token left out", "if (k * LANES + lane < count) range.widen", "if (k * LANES + lane < count - 1) range.widen"),
     Mutant("quantize_channel", "ends of the neighbour", "start + channel, inverse + channel, 1,", "start + channel, inverse + channel + 1, 1,"),
     Mutant("quantize_channel", "a barrier that not all reach", "int c = threadIdx.x; c < n; c += blockDim.x) {", "int c = threadIdx.x; c < n; c += blockDim.x) { if (c == 0) __syncthreads();"),
-    Mutant("dequantize", "the last row left out", "row < rows; row += lanes", "row < rows - 1; row += lanes"),
-    Mutant("dequantize", "a row too many", "row < rows; row += lanes", "row < rows + 1; row += lanes"),
+    Mutant("dequantize", "the last row left out", "if (row >= rows) break;", "if (row >= rows - 1) break;"),
+    Mutant("dequantize", "a row too many", "if (row >= rows) break;", "if (row > rows) break;"),
     Mutant("dequantize", "ends of the next group", "? tile : 0", "? tile + (tile + 1 < tiles) : 0"),
-    Mutant("dequantize", "the step is a quotient", "__fmul_rn(__fsub_rn(load_as(upper, end, ends_type), start[i]), SCALE)", "__fdiv_rn(__fsub_rn(load_as(upper, end, ends_type), start[i]), (float)((1 << BITS) - 1))"),
+    Mutant("dequantize", "the step is a quotient", "__fmul_rn(__fsub_rn(to_float(load(upper + end)), start[i]), SCALE)", "__fdiv_rn(__fsub_rn(to_float(load(upper + end)), start[i]), (float)((1 << BITS) - 1))"),
     Mutant("quantize_rotated", "no barrier after the tables", *BARRIER, which=0),
     Mutant("quantize_rotated", "no barrier before packing", *BARRIER, which=1),
-    Mutant("quantize_rotated", "a sign ignored", "R::flip(y, R::signs(", "R::flip(y, ~1u & R::signs("),
+    Mutant("quantize_rotated", "a sign ignored", "(minus << i & W::SIGN)", "(minus << i & W::SIGN & 0x7fffffffu)"),
+    Mutant("quantize_rotated", "the tile of the last turn again", "source[start + (row", "source[(row"),
     Mutant("quantize_rotated", "rounds in another order", "int bit = SIZE; bit < HELD; bit *= 2", "int bit = HELD / 2; bit >= SIZE; bit /= 2"),
     Mutant("quantize_rotated", "the rounded root alone", "__fmul_rn(__fadd_rn(root, __fdiv_rn(x, root)), 0.5f)", "root"),
     Mutant("quantize_rotated", "products not rounded first", "__fmaf_rn(__fmul_rn(x, y), UNIT, shift)", "__fmaf_rn(x, y * UNIT, shift)"),
-    Mutant("quantize_rotated", "the code of the next step", "SHIFT_BITS - Q::ZERO)", "SHIFT_BITS - Q::ZERO - 1)"),
-    Mutant("quantize_rotated", "rises ignored", "value >= rise.threshold ?", "value < -100.0f ?"),
+    Mutant("quantize_rotated", "the code of the next step", "cell >> (Q::SHIFT - 2)", "(cell + (1u << Q::SHIFT)) >> (Q::SHIFT - 2)"),
+    Mutant("quantize_rotated", "cells rounded to the nearest", "__fmaf_rd(", "__fmaf_rn("),
     Mutant("dequantize_rotated", "no barrier after the levels", *BARRIER),
     Mutant("dequantize_rotated", "halves of a warp swapped", "lane & bit ? -1.0f : 1.0f", "lane & bit ? 1.0f : -1.0f"),
+    Mutant("dequantize_rotated", "a sign ignored", "& Word<T>::SIGN;", "& Word<T>::SIGN & 0x7fffffffu;"),
+    Mutant("quantize_allocated", "no barrier before packing", *BARRIER, which=-1),
+    Mutant("quantize_allocated", "places reversed", ">> owner % DEEPEST & 1u", ">> (DEEPEST - 1 - owner % DEEPEST) & 1u"),
+    Mutant("quantize_allocated", "depth of the first", "depth[component + j])", "depth[component])"),
+    Mutant("dequantize_allocated", "no barrier after the places", *BARRIER, which=-1),
+    Mutant("dequantize_allocated", "the bit of the next byte", "bit - part * bytes]", "bit - part * bytes + 1]"),
+    Mutant("within", "limits of one value", "left &=", "left ="),
+    Mutant("within", "signs kept", "(vector.words[j] & ~SIGN)", "vector.words[j]"),
+    Mutant("within", "the last row left out", "i < count * vectors", "i < count * vectors - 1"),
+    Mutant("within", "slots of the first tile", "slots + start + row", "slots + row"),
+    Mutant("gather_slots", "slots of the first tile", "load(slots + first + token)", "load(slots + token)"),
+    Mutant("gather_slots", "heads swapped", "rest - head * words);", "rest - head * words + 1);"),
+    Mutant("gather_slots", "the last token left out", "i < count * size", "i < (count - 1) * size"),
+    Mutant("scatter_slots", "slots of the first tile", "load(slots + first + token)", "load(slots + token)"),
+    Mutant("scatter_slots", "a token for a slot", "to.at(head, slot, word)", "to.at(head, token, word)"),
     Mutant("nearest", "no barrier after the half norms", *BARRIER, which=2),
     Mutant("nearest", "no barrier before the half norms", *BARRIER, which=1),
     Mutant("nearest", "no barrier before the next codes", *BARRIER, which=0),
@@ -110,7 +127,7 @@ def affine(backend, family):
 def dequantize(backend, _):
     for n in (128, 7):
         spec = AffineSpec(3, 64, "channel")
-        x = hard.values((2, 290, n), "float32", bits=3, seed=n)
+        x = hard.values((2, 272, n), "float32", bits=3, seed=n)
         encoded, static = ops.quantize(x, spec=spec), {"spec": spec, "channels": n}
         same([backend.dequantize(*encoded, **static)], [ops.dequantize(*encoded, **static)])
 
@@ -131,6 +148,44 @@ def dequantize_rotated(backend, _):
     )
 
 
+def pools(backend, family):
+    """Several tiles of tokens; what is no token is not a number."""
+    tokens, heads, n = 1700, 3, 40
+    rng = np.random.default_rng(0)
+    slots = rng.permutation(tokens + 9)[:tokens].astype("int32")
+    x = rng.standard_normal((heads, tokens, n)).astype("float16")
+    pool = np.full((tokens + 9, heads, n), np.nan, "float16")
+    pool[slots] = np.swapaxes(x, 0, 1)
+    if family == "gather_slots":
+        same([backend.gather_slots(pool, slots)], [x])
+    elif family == "scatter_slots":
+        target = np.zeros_like(pool)
+        expected = ops.scatter_slots(target.copy(), slots, x)
+        same([backend.scatter_slots(target, slots, x)], [expected])
+    else:
+        limit = float(np.max(np.abs(x)))
+        assert backend.within_paged(pool, slots, limit=limit)
+        for where in (0, x.size // 2, x.size - 1):
+            for worse in (-np.nan, np.nan, -np.inf, limit * 2):
+                y = x.copy()
+                y.reshape(-1)[where] = worse
+                assert not backend.within(y, limit=limit)
+                pool[slots] = np.swapaxes(y, 0, 1)
+                assert not backend.within_paged(pool, slots, limit=limit)
+
+
+def allocated(backend, family):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 700, 32)).astype("float32")
+    depths = ops.allocate(rng.random((2, 32), "float32"), 75)
+    codes = ops.quantize_allocated(x, depths, bits=75)
+    if family == "quantize_allocated":
+        same([backend.quantize_allocated(x, depths, bits=75)], [codes])
+    else:
+        levels = ops.dequantize_allocated(codes, depths, bits=75)
+        same([backend.dequantize_allocated(codes, depths, bits=75)], [levels])
+
+
 def nearest(backend, _):
     """Centroids far from each other: no near ties."""
     rng = np.random.default_rng(0)
@@ -147,8 +202,19 @@ CHECKS = {
     "dequantize": (dequantize, (3, 64, 0, "float")),
     "quantize_rotated": (rotated, (3, 128, "Float16")),
     "dequantize_rotated": (dequantize_rotated, (3, 128, "float")),
+    "quantize_allocated": (allocated, (4,)),
+    "dequantize_allocated": (allocated, (4,)),
+    "within": (pools, ("Float16",)),
+    "gather_slots": (pools, ("uint4",)),
+    "scatter_slots": (pools, ("uint4",)),
     "nearest": (nearest, (4,)),
 }
+
+
+@pytest.fixture(autouse=True)
+def blocks_take_turns(monkeypatch):
+    monkeypatch.setattr("kvcompress_cupy.launches.layout.MANY", 4)
+    rotated_launches.quantize_rotated.cache_clear()
 
 
 def run(family, directory, mutate):

@@ -8,7 +8,8 @@ import hard
 import numpy as np
 import pytest
 from emulation import EmulatedRuntime, EmulationError
-from kvcompress_cupy import geometry, tables
+from kvcompress_cupy import tables
+from kvcompress_cupy.launches import affine, codebooks, layout, rotated
 from kvcompress_cupy.operations import Operations
 from kvcompress_cupy.sources import BITS, DIMS, FAMILIES
 
@@ -43,7 +44,9 @@ def test_conformance(backend):
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, BITS)])
-def test_affine(backend, dtype, bits):
+def test_affine(backend, monkeypatch, dtype, bits):
+    monkeypatch.setattr("kvcompress_cupy.launches.layout.MANY", 4)  # blocks take turns
+    affine.dequantize.cache_clear()
     cases = [*itertools.product(AXES, (32, 64, 128, None), CHANNELS)]
     for seed, (axis, group_size, n) in enumerate(cases):
         tokens = -(-VALUES * len(AXES) // (len(cases) * 3 * n))
@@ -65,6 +68,16 @@ def test_affine(backend, dtype, bits):
     assert backend.runtime.copies == 0
 
 
+@pytest.mark.parametrize("dtype", FLOATING)
+def test_affine_of_wide_rows(backend, dtype):
+    """Groups along the tokens of more channels than a block holds in registers."""
+    for n, tokens, size in itertools.product((257, 512, 1024), (1, 70, 300), (32, 64, 128, 300)):
+        x = hard.values((2, tokens, n), dtype, bits=3, seed=n + tokens)
+        spec = AffineSpec(3 if n % 2 else 4, size, "channel")
+        assert backend.supports("quantize", x, spec=spec)
+        same(backend.quantize(x, spec=spec), ops.quantize(x, spec=spec))
+
+
 @pytest.mark.parametrize("ends_dtype", FLOATING)
 def test_ends_of_another_dtype(backend, ends_dtype):
     for axis, n in itertools.product(AXES, (64, 5)):
@@ -77,7 +90,9 @@ def test_ends_of_another_dtype(backend, ends_dtype):
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, BITS)])
-def test_rotated(backend, dtype, bits):
+def test_rotated(backend, monkeypatch, dtype, bits):
+    monkeypatch.setattr("kvcompress_cupy.launches.layout.MANY", 4)  # blocks take turns
+    rotated.quantize_rotated.cache_clear()
     for dim, tokens in itertools.product(DIMS, (1, 683)):
         x = hard.values((2, tokens, dim), dtype, bits=bits, seed=dim)
         spec = RotatedSpec(bits, seed=dim)
@@ -100,18 +115,15 @@ def test_the_root_in_one_step_is_the_one_in_fourteen():
     np.testing.assert_array_equal((root + x / root) / 2, _sqrt(x))
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", range(1, 9))
 def test_the_steps_give_the_code_of_every_cell(bits):
-    """At both ends of every cell, and beyond the first and the last."""
-    per_unit, zero, table = tables.steps(bits)
-    edges = (np.arange(-20000, 20001) / CELLS_PER_UNIT).astype("float32")
-    x = np.concatenate([edges, np.nextafter(edges, np.float32(-99))])
-    cell = np.floor(x * np.float32(CELLS_PER_UNIT)).astype(int) + LARGEST * CELLS_PER_UNIT
-    expected = cells(bits)[np.clip(cell, 0, len(cells(bits)) - 1)]
-    for other_way in (0.0, 1e-6):  # of rounding halves
-        step = np.rint(x.astype("float64") * per_unit + other_way).astype(int) + zero
-        rise = table[np.clip(step, 0, len(table) - 1)]
-        np.testing.assert_array_equal(rise["code"] + (x >= rise["threshold"]), expected)
+    """Of those beyond the first and the last, too."""
+    shift, table = tables.steps(bits)
+    end = tables.BEYOND * CELLS_PER_UNIT
+    cell = np.arange(-end, end)
+    sums = (table[(cell >> shift) % len(table)].astype(int) + cell + tables.SHIFTED) % 2**32
+    place = np.clip(cell + LARGEST * CELLS_PER_UNIT, 0, len(cells(bits)) - 1)
+    np.testing.assert_array_equal(sums >> 24, cells(bits)[place])
 
 
 def near(x, codebook, got, expected):
@@ -164,6 +176,24 @@ def test_product(backend, dims):
     assert backend.runtime.copies == 0
     many = (x, *codebooks * 241)
     assert not backend.supports("encode_product", *many)
+
+
+@pytest.mark.parametrize("n", [1, 5, 64, 128, 1000])
+def test_allocated(backend, n):
+    rng = np.random.default_rng(n)
+    for tokens, bits in itertools.product((1, 300), (1, 3 * n + 1, 8 * n)):
+        x = 2 * rng.standard_normal((3, tokens, n + 4)).astype("float32")[..., :n]
+        edges = rng.integers(-6000, 6000, x.shape) / CELLS_PER_UNIT
+        x = np.where(rng.random(x.shape) < 0.5, x, edges).astype("float32")
+        x[0, 0, :1] = 1e30
+        depths = ops.allocate(rng.random((3, n), "float32"), bits)
+        assert backend.supports("quantize_allocated", x, depths, bits=bits)
+        codes = ops.quantize_allocated(x, depths, bits=bits)
+        same([backend.quantize_allocated(x, depths, bits=bits)], [codes])
+        assert backend.supports("dequantize_allocated", codes, depths, bits=bits)
+        levels = ops.dequantize_allocated(codes, depths, bits=bits)
+        same([backend.dequantize_allocated(codes, depths, bits=bits)], [levels])
+    assert backend.runtime.copies == 0
 
 
 def layouts(x):
@@ -225,7 +255,7 @@ def test_what_no_kernel_takes(backend):
     assert not backend.supports("quantize", x, spec=AffineSpec(4, 48, "token"))
     assert not backend.supports("quantize", x.astype("float64"), spec=AffineSpec(4, 32, "token"))
     assert not backend.supports("quantize_rotated", x[..., :48], spec=RotatedSpec(4, 0))
-    wide = np.zeros((1, 2, geometry.COLUMNS + 1), "float16")
+    wide = np.zeros((1, 2, affine.COLUMNS + 1), "float16")
     assert not backend.supports("quantize", wide, spec=AffineSpec(4, 32, "channel"))
     assert backend.supports("quantize", wide, spec=AffineSpec(4, 32, "token"))
 
@@ -246,7 +276,7 @@ class LastBlocks(EmulatedRuntime):
         self._outputs.append(out)
         return out
 
-    def launch(self, launch, *arrays, reached=()):
+    def launch(self, launch, *arrays, reached=(), changed=()):
         self.launches.append(launch)
         writable = sum(any(a is out for out in self._outputs) for a in arrays)
         kernels = self._kernels(launch.family)
@@ -280,8 +310,8 @@ def test_every_kernel_is_there(kernels):
 
 
 def test_arguments_of_wrong_sizes_are_found(backend):
-    launch = geometry.lookup(1, row_bytes=4, word=4, size=1, code_bytes=4)
+    launch = codebooks.lookup(1, row_bytes=4, word=4, size=1, code_bytes=4)
     array = np.zeros(4, "int32")
-    wrong = geometry.Launch(**{**vars(launch), "scalars": (*launch.scalars, np.int32(0))})
+    wrong = layout.Launch(**{**vars(launch), "scalars": (*launch.scalars, np.int32(0))})
     with pytest.raises(EmulationError, match="other sizes"):
         backend.runtime.launch(wrong, array, array, array)

@@ -1,6 +1,6 @@
 // The recipe of affine quantization, operation by operation as in kvcompress/ops/affine.py.
 #pragma once
-#include "device.cuh"
+#include "range.cuh"
 
 __device__ __forceinline__ void store_end(float x, void *ends, long long i, int type) {
     if (type == FLOAT16) {
@@ -43,13 +43,16 @@ __device__ __forceinline__ unsigned gather_bytes(unsigned a, unsigned b, unsigne
 template <int BITS, class T>
 __device__ __forceinline__ void encode_vector(const Vector<T> &x, const float *lower,
                                               const float *inverse, int stride, Byte *codes) {
+    float values[Vector<T>::SIZE];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) Word<T>::widen(x.words[i], values + i * Vector<T>::SIZE / 4);
 #pragma unroll
     for (int i = 0; i < Vector<T>::SIZE; i += 4) {
         unsigned code[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int end = (i + j) * stride;
-            code[j] = encode<BITS>(to_float(x.values[i + j]), lower[end], inverse[end]);
+            code[j] = encode<BITS>(values[i + j], lower[end], inverse[end]);
         }
         *(unsigned *)(codes + i) = gather_bytes(code[0], code[1], code[2], code[3]);
     }

@@ -1,5 +1,6 @@
 // Codes of rotated rows back to values: kvcompress.ops.dequantize_rotated.
 #include "packing.cuh"
+#include "range.cuh"
 #include "rotation.cuh"
 #include "tables.cuh"
 
@@ -11,14 +12,22 @@ constexpr bool IS_HALF = false;
 template <>
 constexpr bool IS_HALF<Float16> = true;
 
+// Four values, stored at once, and their words.
+template <class T>
+struct alignas(4 * sizeof(T)) Quad {
+    union {
+        T values[4];
+        unsigned words[sizeof(T)];
+    };
+};
+
 template <int BITS, int DIM, class T>
 __global__ void __launch_bounds__(THREADS, 3)
     dequantize_rotated(const Byte *codes, const void *gain, T *out, long long rows,
                        long long code_head_stride, long long code_stride,
                        long long gain_head_stride, long long gain_stride, int tiles, int gain_type,
-                       int aligned, unsigned long long signs_a, unsigned long long signs_b,
-                       unsigned long long signs_c, unsigned long long signs_d) {
-    constexpr int SIZE = 4;
+                       int aligned, const __grid_constant__ Signs signs) {
+    constexpr int SIZE = 4, WORDS = sizeof(T);
     using R = Rotation<DIM, SIZE>;
     constexpr int ROWS = THREADS / R::LANES;
     KV_SHARED(shared);
@@ -52,19 +61,23 @@ __global__ void __launch_bounds__(THREADS, 3)
 #pragma unroll
     for (int i = 0; i < HELD; ++i) y[i] = levels[words[i / SIZE] >> (i % SIZE * 8) & 0xffu];
     R::transform(y, lane);
-    R::flip(y, R::signs(signs_a, signs_b, signs_c, signs_d, lane));
+    const unsigned minus = signs.lanes[lane];
     if (row >= rows) return;
     out += (head * rows + row) * DIM;
 #pragma unroll
     for (int k = 0; k < R::RUNS; ++k) {
-        Run<T, SIZE> run;
+        float values[SIZE];
 #pragma unroll
         for (int i = 0; i < SIZE; ++i) {
-            float value = __fmul_rn(y[k * SIZE + i], scale);
+            values[i] = __fmul_rn(y[k * SIZE + i], scale);
             // float16 ends before the limit, and `narrow` clips there.
-            if constexpr (!IS_HALF<T>) value = fminf(fmaxf(value, -LIMIT), LIMIT);
-            narrow(value, run.values[i]);
+            if constexpr (!IS_HALF<T>) values[i] = fminf(fmaxf(values[i], -LIMIT), LIMIT);
         }
-        store((Run<T, SIZE> *)(out + R::channel(k, lane)), run);
+        Quad<T> quad;
+        narrow(values, quad.values);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i)
+            quad.words[i] ^= minus << (k * WORDS + i) & Word<T>::SIGN;
+        store((Quad<T> *)(out + R::channel(k, lane)), quad);
     }
 }

@@ -16,6 +16,12 @@ __device__ __forceinline__ float half_to_float(unsigned short bits) {
     return x;
 }
 
+__device__ __forceinline__ void halves_to_floats(unsigned word, float &low, float &high) {
+    asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
+        : "=f"(low), "=f"(high)
+        : "r"(word));
+}
+
 __device__ __forceinline__ unsigned short float_to_half(float x) {
     unsigned short bits;
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
@@ -27,6 +33,15 @@ __device__ __forceinline__ unsigned short float_to_bfloat(float x) {
     asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
     return bits;
 }
+
+#define KV_FROM_FLOATS(name, instruction)                                                 \
+    __device__ __forceinline__ unsigned name(float low, float high) {                     \
+        unsigned word;                                                                    \
+        asm(instruction " %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));               \
+        return word;                                                                      \
+    }
+KV_FROM_FLOATS(floats_to_halves, "cvt.rn.f16x2.f32")
+KV_FROM_FLOATS(floats_to_bfloats, "cvt.rn.bf16x2.f32")
 
 #define KV_PAIRWISE(name, instruction)                                                    \
     __device__ __forceinline__ unsigned name(unsigned a, unsigned b) {                    \
@@ -114,6 +129,22 @@ __device__ __forceinline__ Vector<T> load_vector(const T *pointer, int count, bo
     return vector;
 }
 
+// Rows from the `start`-th on: one after another, or where `slots` says (kvcompress/ops/slots.py).
+template <class T>
+struct Rows {
+    const T *first;
+    const int *slots;
+    long long start;
+    int stride;  // in elements
+
+    __device__ __forceinline__ Rows(const T *x, const int *slots, long long start, int stride)
+        : first(slots ? x : x + start * stride), slots(slots), start(start), stride(stride) {}
+
+    __device__ __forceinline__ const T *operator[](int row) const {
+        return first + (long long)(slots ? load(slots + start + row) : row) * stride;
+    }
+};
+
 constexpr float HALF_MAX = 65504.0f;
 
 // What exceeds float16 becomes its largest, as kvcompress._namespace.narrow has it.
@@ -122,6 +153,30 @@ __device__ __forceinline__ void narrow(float x, Float16 &out) {
 }
 __device__ __forceinline__ void narrow(float x, BFloat16 &out) { from_float(x, out); }
 __device__ __forceinline__ void narrow(float x, float &out) { out = x; }
+
+__device__ __forceinline__ void narrow(float low, float high, Float16 *out) {
+    // Clipped when they are rounded: what is infinite then was no less.
+    const unsigned word =
+        half2_min(half2_max(floats_to_halves(low, high), 0xfbfffbffu), 0x7bff7bffu);
+    out[0].bits = (unsigned short)word;
+    out[1].bits = (unsigned short)(word >> 16);
+}
+__device__ __forceinline__ void narrow(float low, float high, BFloat16 *out) {
+    const unsigned word = floats_to_bfloats(low, high);
+    out[0].bits = (unsigned short)word;
+    out[1].bits = (unsigned short)(word >> 16);
+}
+__device__ __forceinline__ void narrow(float low, float high, float *out) {
+    out[0] = low;
+    out[1] = high;
+}
+
+template <class T, int COUNT>
+__device__ __forceinline__ void narrow(const float (&x)[COUNT], T (&out)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i + 1 < COUNT; i += 2) narrow(x[i], x[i + 1], out + i);
+    if constexpr (COUNT % 2) narrow(x[COUNT - 1], out[COUNT - 1]);
+}
 
 // Neighbouring values that are stored at once.
 template <class T, int COUNT>

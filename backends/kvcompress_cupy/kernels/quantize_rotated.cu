@@ -2,6 +2,7 @@
 //
 // A block takes a tile of whole rows, `Rotation` says how; codes go through shared memory.
 #include "packing.cuh"
+#include "range.cuh"
 #include "rotation.cuh"
 #include "tables.cuh"
 
@@ -40,15 +41,22 @@ __device__ __forceinline__ float heron_root(float x) {
     return root == 0.0f ? root : __fmul_rn(__fadd_rn(root, __fdiv_rn(x, root)), 0.5f);
 }
 
+// The highest bytes of four words.
+__device__ __forceinline__ unsigned gather_high_bytes(unsigned a, unsigned b, unsigned c,
+                                                      unsigned d) {
+    return __byte_perm(__byte_perm(a, b, 0x0073), __byte_perm(c, d, 0x0073), 0x5410);
+}
+
 template <int BITS, int DIM, class T>
 __global__ void __launch_bounds__(THREADS, 3)
-    quantize_rotated(const T *x, Byte *codes, float *gain, long long rows, long long head_stride,
-                     long long row_stride, int tiles, int aligned, unsigned long long signs_a,
-                     unsigned long long signs_b, unsigned long long signs_c,
-                     unsigned long long signs_d) {
+    quantize_rotated(const T *x, const int *slots, Byte *codes, float *gain, long long rows,
+                     long long head_stride, int row_stride, int blocks, int turns, int aligned,
+                     const __grid_constant__ Signs signs) {
     using Q = Quantizer<BITS>;
     using D = Dot<DIM>;
+    using W = Word<T>;
     constexpr int SIZE = Vector<T>::SIZE;
+    constexpr int PER_WORD = 4 / sizeof(T);
     using R = Rotation<DIM, SIZE>;
     constexpr int ROWS = THREADS / R::LANES;
     // Padded, so that the rows of a warp store to different banks.
@@ -57,77 +65,89 @@ __global__ void __launch_bounds__(THREADS, 3)
     constexpr int CHUNK = FIRST % 16 == 0 && SECOND % 16 == 0 ? 16 : 4;
     constexpr int CHUNKS = (FIRST + SECOND) / CHUNK;
     KV_SHARED(shared);
-    Byte *const tile = shared;
-    Step *const steps = (Step *)(shared + ROWS * PITCH);
-    Level *const levels = (Level *)(steps + Q::STEPS);
-    for (int i = threadIdx.x; i < Q::STEPS; i += THREADS) steps[i] = Q::step(i);
+    Byte *const tile = shared, *const steps = tile + ROWS * PITCH;
+    Byte *const levels = steps + 4 * Q::STEPS;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < Q::STEPS; i += THREADS) ((unsigned *)steps)[i] = Q::step(i);
+#pragma unroll 1
     for (int i = threadIdx.x; i < 1 << BITS; i += THREADS) {
         const float level = Q::level(i);
-        levels[i] = Level{level, D::shifted(level, level, D::SHIFT) - D::SHIFT_BITS};
+        ((Level *)levels)[i] = Level{level, D::shifted(level, level, D::SHIFT) - D::SHIFT_BITS};
     }
 
-    const long long head = blockIdx.x / tiles;
-    const long long start = (long long)(blockIdx.x % tiles) * ROWS;
-    const int count = (int)(rows - start < ROWS ? rows - start : ROWS);
+    const long long head = blockIdx.x / blocks;
+    const long long first = (long long)(blockIdx.x % blocks) * turns * ROWS;
+    const int left = (int)(rows - first < turns * ROWS ? rows - first : turns * ROWS);
     const int row = threadIdx.x / R::LANES, lane = threadIdx.x % R::LANES;
-    x += head * head_stride + (start + row) * row_stride;
-
-    float y[HELD];
-    float peak = 0.0f;
-    {
-        Vector<T> vector[R::RUNS];
+    const unsigned minus = signs.lanes[lane];
+    const Rows<T> source(x + head * head_stride, slots, first, row_stride);
+    codes += (head * rows + first) * (FIRST + SECOND);
+    gain += head * rows + first;
+#pragma unroll 1
+    for (int start = 0; start < left; start += ROWS) {
+        const int count = left - start < ROWS ? left - start : ROWS;
+        const T *const values = source[start + (row < count ? row : 0)];
+        float y[HELD];
+        float peak = 0.0f;
+        {
+            Vector<T> vector[R::RUNS];
 #pragma unroll
-        for (int k = 0; k < R::RUNS; ++k)
-            vector[k] = load_vector(x + R::channel(k, lane), row < count ? SIZE : 0, aligned);
+            for (int k = 0; k < R::RUNS; ++k)
+                vector[k] = load_vector(values + R::channel(k, lane), row < count ? SIZE : 0, aligned);
+            unsigned most = 0;
 #pragma unroll
-        for (int i = 0; i < HELD; ++i) {
-            y[i] = to_float(vector[i / SIZE].values[i % SIZE]);
-            peak = fmaxf(peak, fabsf(y[i]));
-        }
-    }
-#pragma unroll
-    for (int bit = 1; bit < R::LANES; bit *= 2)
-        peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, bit));
-    const bool zero = peak < TINY;
-    const float inverse_peak = zero ? 0.0f : __fdiv_rn(1.0f, peak);
-#pragma unroll
-    for (int i = 0; i < HELD; ++i) y[i] = __fmul_rn(y[i], inverse_peak);
-    R::flip(y, R::signs(signs_a, signs_b, signs_c, signs_d, lane));
-    R::transform(y, lane);
-
-    unsigned energy = 0u - HELD * D::SHIFT_BITS;
-#pragma unroll
-    for (int i = 0; i < HELD; ++i) energy += D::shifted(y[i], y[i], D::SHIFT);
-    const float rms = heron_root(__fmul_rn(D::total(energy), 1.0f / DIM));
-    const float inverse_rms = zero ? 0.0f : __fdiv_rn(1.0f, rms);
-
-    __syncthreads();  // for the tables
-    unsigned along = 0u - HELD * D::SIGNED_SHIFT_BITS, power = 0;
-#pragma unroll
-    for (int k = 0; k < R::RUNS; ++k) {
-        unsigned word[SIZE / 4];
-#pragma unroll
-        for (int i = 0; i < SIZE; ++i) {
-            const float value = __fmul_rn(y[k * SIZE + i], inverse_rms);
-            // Rounded by adding 1.5 * 2**23, whose bits are then taken off.
-            const float whole = __fmaf_rn(value, (float)Q::PER_UNIT, D::SIGNED_SHIFT);
-            const int step = __float_as_int(whole) - (int)(D::SIGNED_SHIFT_BITS - Q::ZERO);
-            const Step rise = steps[min(max(step, 0), Q::STEPS - 1)];
-            const unsigned code = rise.code + (value >= rise.threshold ? 1u : 0u);
-            const Level level = levels[code];
-            along += D::shifted(value, level.level, D::SIGNED_SHIFT);
-            power += level.square;
-            word[i / 4] = i % 4 ? word[i / 4] | code << (i % 4 * 8) : code;
+            for (int i = 0; i < HELD / PER_WORD; ++i) {
+                const unsigned word = vector[i / 4].words[i % 4];
+                most = W::most(most, word & ~W::SIGN);
+                W::widen(word ^ (minus << i & W::SIGN), y + i * PER_WORD);
+            }
+            float peaks[PER_WORD];
+            W::widen(most, peaks);
+            peak = fmaxf(peaks[0], peaks[PER_WORD - 1]);
         }
 #pragma unroll
-        for (int i = 0; i < SIZE / 4; ++i)
-            *(unsigned *)(tile + row * PITCH + R::channel(k, lane) + 4 * i) = word[i];
+        for (int bit = 1; bit < R::LANES; bit *= 2)
+            peak = fmaxf(peak, __shfl_xor_sync(0xffffffffu, peak, bit));
+        const bool zero = peak < TINY;
+        const float inverse_peak = zero ? 0.0f : __frcp_rn(peak);
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) y[i] = __fmul_rn(y[i], inverse_peak);
+        R::transform(y, lane);
+
+        unsigned energy = 0u - HELD * D::SHIFT_BITS;
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) energy += D::shifted(y[i], y[i], D::SHIFT);
+        const float rms = heron_root(__fmul_rn(D::total(energy), 1.0f / DIM));
+        const float inverse_rms = zero ? 0.0f : __frcp_rn(rms);
+
+        __syncthreads();  // for the tables, and for the last tile to be packed
+        constexpr float CELLS_PER_UNIT = 1024.0f;
+        constexpr unsigned STEP_MASK = (Q::STEPS - 1) * 4, LEVEL_MASK = ((1 << BITS) - 1) * 8;
+        unsigned along = 0u - HELD * D::SIGNED_SHIFT_BITS, power = 0;
+#pragma unroll
+        for (int k = 0; k < R::RUNS; ++k) {
+            unsigned code[SIZE];  // in the highest byte
+#pragma unroll
+            for (int i = 0; i < SIZE; ++i) {
+                const float value = __fmul_rn(y[k * SIZE + i], inverse_rms);
+                const unsigned cell =
+                    __float_as_uint(__fmaf_rd(value, CELLS_PER_UNIT, D::SIGNED_SHIFT));
+                const unsigned step = cell >> (Q::SHIFT - 2) & STEP_MASK;
+                code[i] = cell + *(const unsigned *)(steps + step);
+                const Level level = *(const Level *)(levels + (code[i] >> 21 & LEVEL_MASK));
+                along += D::shifted(value, level.level, D::SIGNED_SHIFT);
+                power += level.square;
+            }
+#pragma unroll
+            for (int i = 0; i < SIZE; i += 4)
+                *(unsigned *)(tile + row * PITCH + R::channel(k, lane) + i) =
+                    gather_high_bytes(code[i], code[i + 1], code[i + 2], code[i + 3]);
+        }
+        const float quotient = __fdiv_rn(D::total(along), D::total(power));
+        if (lane == 0 && row < count)
+            store(gain + start + row, zero ? 0.0f : __fmul_rn(__fmul_rn(peak, rms), quotient));
+        __syncthreads();
+        pack_rows<BITS>(tile, PITCH, count, DIM, codes + start * (FIRST + SECOND), CHUNK,
+                        (unsigned)(((1ll << 31) + CHUNKS - 1) / CHUNKS));
     }
-    const float quotient = __fdiv_rn(D::total(along), D::total(power));
-    const long long first_row = head * rows + start;
-    if (lane == 0 && row < count)
-        store(gain + first_row + row, zero ? 0.0f : __fmul_rn(__fmul_rn(peak, rms), quotient));
-    __syncthreads();
-    pack_rows<BITS>(tile, PITCH, count, DIM, codes + first_row * (FIRST + SECOND), CHUNK,
-                    (unsigned)(((1ll << 31) + CHUNKS - 1) / CHUNKS));
 }

@@ -5,16 +5,15 @@
 // apart, and leave in 16-byte chunks.
 #include "affine.cuh"
 #include "packing.cuh"
-#include "range.cuh"
 
 constexpr int THREADS = 256;
 
 // GROUP = 0: a row is one group, of any length; a warp reads it twice.
 template <int BITS, int GROUP, class T>
 __global__ void __launch_bounds__(THREADS, 3)
-    quantize_token(const T *x, Byte *codes, void *lower, void *upper, long long rows,
-                   long long head_stride, long long row_stride, int tiles, int tile_rows, int n,
-                   int groups, unsigned groups_reciprocal, int pitch, int ends_type, int aligned,
+    quantize_token(const T *x, const int *slots, Byte *codes, void *lower, void *upper,
+                   long long rows, long long head_stride, int row_stride, int tiles,
+                   int tile_rows, int n, int groups, unsigned groups_reciprocal, int pitch, int ends_type, int aligned,
                    int chunk, unsigned chunks_reciprocal) {
     constexpr int SIZE = Vector<T>::SIZE;
     // Vectors that a thread loads before it needs the first.
@@ -26,11 +25,12 @@ __global__ void __launch_bounds__(THREADS, 3)
     const long long start = (long long)(blockIdx.x % tiles) * tile_rows;
     const int count = (int)(rows - start < tile_rows ? rows - start : tile_rows);
     const int team = threadIdx.x / TEAM, lane = threadIdx.x % TEAM;
-    x += head * head_stride + start * row_stride;
+    const Rows<T> source(x + head * head_stride, slots, start, row_stride);
     const long long first_row = head * rows + start;
 
     for (int base = 0; base < count * groups; base += TEAMS * UNROLL) {
         Vector<T> vector[UNROLL];
+        const T *values[UNROLL];
         int row[UNROLL], channel[UNROLL], left[UNROLL];
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
@@ -38,18 +38,18 @@ __global__ void __launch_bounds__(THREADS, 3)
             row[u] = divide(group, groups_reciprocal);
             channel[u] = (group - row[u] * groups) * GROUP + lane * SIZE;
             left[u] = row[u] < count ? n - channel[u] : 0;
-            if constexpr (GROUP > 0)
-                vector[u] = load_vector(x + row[u] * row_stride + channel[u], left[u], aligned);
+            values[u] = source[row[u] < count ? row[u] : 0] + channel[u];
+            if constexpr (GROUP > 0) vector[u] = load_vector(values[u], left[u], aligned);
         }
 #pragma unroll
         for (int u = 0; u < UNROLL; ++u) {
             Range<T> range;
-            const T *values = x + row[u] * row_stride;
             if constexpr (GROUP > 0) {
                 if (left[u] > 0) range.widen(vector[u]);
             } else {
+#pragma unroll 2
                 for (int i = 0; i < left[u]; i += TEAM * SIZE)
-                    range.widen(load_vector(values + channel[u] + i, left[u] - i, aligned));
+                    range.widen(load_vector(values[u] + i, left[u] - i, aligned));
             }
             float low, high;
             range.ends(TEAM, low, high);
@@ -61,10 +61,10 @@ __global__ void __launch_bounds__(THREADS, 3)
             if constexpr (GROUP > 0) {
                 encode_vector<BITS>(vector[u], &low, &inverse, 0, out);
             } else {
+#pragma unroll 2
                 for (int i = 0; i < left[u]; i += TEAM * SIZE) {
-                    const T *source = values + channel[u] + i;
-                    encode_vector<BITS>(load_vector(source, left[u] - i, aligned), &low, &inverse,
-                                        0, out + i);
+                    encode_vector<BITS>(load_vector(values[u] + i, left[u] - i, aligned), &low,
+                                        &inverse, 0, out + i);
                 }
             }
             if (lane == 0) {

@@ -3,7 +3,7 @@
 #pragma once
 #include "device.cuh"
 
-// A word holds one float32 or two values of 16 bits.
+// A word holds one float32 or two values of 16 bits, the lower first.
 template <class T>
 struct Word;
 
@@ -16,6 +16,9 @@ struct Word<float> {
     static __device__ __forceinline__ unsigned most(unsigned a, unsigned b) {
         return __float_as_uint(fmaxf(__uint_as_float(a), __uint_as_float(b)));
     }
+    static __device__ __forceinline__ void widen(unsigned word, float *out) {
+        out[0] = __uint_as_float(word);
+    }
 };
 
 template <>
@@ -23,6 +26,9 @@ struct Word<Float16> {
     static constexpr unsigned INFINITE = 0x7c007c00u, SIGN = 0x80008000u;
     static __device__ __forceinline__ unsigned least(unsigned a, unsigned b) { return half2_min(a, b); }
     static __device__ __forceinline__ unsigned most(unsigned a, unsigned b) { return half2_max(a, b); }
+    static __device__ __forceinline__ void widen(unsigned word, float *out) {
+        halves_to_floats(word, out[0], out[1]);
+    }
 };
 
 template <>
@@ -30,6 +36,10 @@ struct Word<BFloat16> {
     static constexpr unsigned INFINITE = 0x7f807f80u, SIGN = 0x80008000u;
     static __device__ __forceinline__ unsigned least(unsigned a, unsigned b) { return bfloat2_min(a, b); }
     static __device__ __forceinline__ unsigned most(unsigned a, unsigned b) { return bfloat2_max(a, b); }
+    static __device__ __forceinline__ void widen(unsigned word, float *out) {
+        out[0] = __uint_as_float(word << 16);
+        out[1] = __uint_as_float(word & 0xffff0000u);
+    }
 };
 
 // Of every place of a vector.

@@ -10,6 +10,11 @@
 
 constexpr int HELD = 32;
 
+// Of the signs of a thread's channels, see tables.py.
+struct Signs {
+    unsigned lanes[8];
+};
+
 template <int DIM, int SIZE>
 struct Rotation {
     static constexpr int LANES = DIM / HELD;
@@ -17,27 +22,6 @@ struct Rotation {
 
     static __device__ __forceinline__ int channel(int run, int lane) {
         return (run * LANES + lane) * SIZE;
-    }
-
-    // The signs of the thread's channels, bit by bit.
-    static __device__ __forceinline__ unsigned signs(unsigned long long a, unsigned long long b,
-                                                     unsigned long long c, unsigned long long d,
-                                                     int lane) {
-        unsigned out = 0;
-#pragma unroll
-        for (int k = 0; k < RUNS; ++k) {
-            const int first = channel(k, lane);
-            const unsigned long long low = first & 64 ? b : a, high = first & 64 ? d : c;
-            const unsigned long long word = first & 128 ? high : low;
-            out |= (unsigned)(word >> (first & 63)) % (1u << SIZE) << (k * SIZE);
-        }
-        return out;
-    }
-
-    static __device__ __forceinline__ void flip(float (&x)[HELD], unsigned signs) {
-#pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            x[i] = __uint_as_float(__float_as_uint(x[i]) ^ (signs << (31 - i) & 0x80000000u));
     }
 
     // One private round: pairs whose positions differ in `bit`.

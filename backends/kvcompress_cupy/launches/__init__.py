@@ -1,0 +1,1 @@
+"""How the kernels are launched: pure functions of shapes, strides and settings."""

@@ -1,0 +1,119 @@
+"""Affine quantization: `quantize` and `dequantize`."""
+
+from __future__ import annotations
+
+from kvcompress._namespace import Array, dtype_name
+from kvcompress.ops.affine import AffineSpec
+from kvcompress_cupy.launches import affine
+from kvcompress_cupy.launches.layout import CHANNELS
+from kvcompress_cupy.operations.base import Kernels, by_heads, in_place
+from kvcompress_cupy.sources import BITS, CTYPES
+
+
+class Affine(Kernels):
+    """See `kvcompress.ops.affine`."""
+
+    def _supports_quantize(self, x: Array, *, spec: AffineSpec) -> bool:
+        return _supported(x, x.shape[-2], spec)
+
+    def _supports_quantize_paged(self, pool: Array, slots: Array, *, spec: AffineSpec) -> bool:
+        return in_place(pool, slots) and _supported(pool, slots.shape[0], spec)
+
+    def quantize(self, x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
+        """See `kvcompress.ops.quantize`."""
+        return self._quantize(x, None, spec)
+
+    def quantize_paged(
+        self, pool: Array, slots: Array, *, spec: AffineSpec
+    ) -> tuple[Array, Array, Array]:
+        """Quantize what `kvcompress.ops.gather_slots` would gather."""
+        return self._quantize(by_heads(pool), slots, spec)
+
+    def _quantize(
+        self, x: Array, slots: Array | None, spec: AffineSpec
+    ) -> tuple[Array, Array, Array]:
+        *lead, tokens, channels = x.shape
+        if slots is not None:
+            tokens = slots.shape[0]
+        dtype = dtype_name(x.dtype)
+        ends_dtype = spec.ends_dtype or dtype
+        ends = (*lead, *spec.ends_shape(tokens, channels))
+        codes = self._runtime.empty((*lead, *spec.codes_shape(tokens, channels)), "uint8", x)
+        lower, upper = (self._runtime.empty(ends, ends_dtype, x) for _ in range(2))
+        if codes.size:
+            x, rows = self._rows(x, slots)
+            token = spec.axis == "token"
+            launch = (affine.quantize_token if token else affine.quantize_channel)(
+                rows,
+                spec=spec,
+                dtype=dtype,
+                ends_dtype=ends_dtype,
+                aligned=rows.aligned(self._runtime.pointer(x), x.dtype.itemsize),
+            )
+            self._runtime.launch(launch, x, slots, codes, lower, upper)
+        return codes, lower, upper
+
+    def _supports_dequantize(
+        self,
+        codes: Array,
+        lower: Array,
+        upper: Array,
+        *,
+        spec: AffineSpec,
+        channels: int,
+        dtype: str = "float32",
+    ) -> bool:
+        return (
+            dtype in CTYPES
+            and dtype_name(lower.dtype) in CTYPES
+            and lower.dtype == upper.dtype
+            and channels <= CHANNELS
+            and _has_template(spec, codes.shape[-2], channels)
+        )
+
+    def dequantize(
+        self,
+        codes: Array,
+        lower: Array,
+        upper: Array,
+        *,
+        spec: AffineSpec,
+        channels: int,
+        dtype: str = "float32",
+    ) -> Array:
+        """See `kvcompress.ops.dequantize`; in `dtype`, what exceeds float16 being its largest."""
+        out = self._runtime.empty((*codes.shape[:-1], channels), dtype, codes)
+        if out.size:
+            codes, rows = self._rows(codes)
+            lower, ends = self._rows(lower)
+            upper, upper_ends = self._rows(upper)
+            if ends != upper_ends:
+                lower, ends = self._rows(self._runtime.contiguous(lower))
+                upper, _ = self._rows(self._runtime.contiguous(upper))
+            launch = affine.dequantize(
+                rows,
+                ends,
+                spec=spec,
+                channels=channels,
+                dtype=dtype,
+                ends_dtype=dtype_name(lower.dtype),
+                aligned=rows.aligned(self._runtime.pointer(codes), 1, 4),
+            )
+            self._runtime.launch(launch, codes, lower, upper, out)
+        return out
+
+
+def _supported(x: Array, tokens: int, spec: AffineSpec) -> bool:
+    dtypes, channels = {dtype_name(x.dtype), spec.ends_dtype or dtype_name(x.dtype)}, x.shape[-1]
+    limit = affine.COLUMNS if spec.axis == "channel" else CHANNELS
+    return (
+        dtypes <= set(CTYPES)
+        and channels <= limit
+        and tokens < 2**31
+        and _has_template(spec, tokens, channels)
+    )
+
+
+def _has_template(spec: AffineSpec, tokens: int, channels: int) -> bool:
+    length = channels if spec.axis == "token" else tokens
+    return spec.bits in BITS and affine.has_template(spec.group_size, length)

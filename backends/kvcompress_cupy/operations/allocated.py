@@ -1,0 +1,45 @@
+"""Codes of different widths: `quantize_allocated` and `dequantize_allocated`."""
+
+from __future__ import annotations
+
+from kvcompress._namespace import Array
+from kvcompress.ops.packing import packed_size
+from kvcompress_cupy.launches import allocated
+from kvcompress_cupy.operations.base import Kernels
+
+
+class Allocated(Kernels):
+    """See `kvcompress.ops.allocated`."""
+
+    def _supports_quantize_allocated(self, x: Array, depths: Array, *, bits: int) -> bool:
+        return x.dtype.name == "float32" and _supported(depths, bits)
+
+    def quantize_allocated(self, x: Array, depths: Array, *, bits: int) -> Array:
+        """See `kvcompress.ops.quantize_allocated`."""
+        heads, tokens, _ = x.shape
+        codes = self._runtime.empty((heads, tokens, packed_size(bits, 1)), "uint8", x)
+        if codes.size:
+            x, rows = self._rows(x)
+            launch = allocated.quantize_allocated(
+                rows, bits=bits, aligned=rows.aligned(self._runtime.pointer(x), 4)
+            )
+            self._runtime.launch(launch, x, self._contiguous(depths), codes)
+        return codes
+
+    def _supports_dequantize_allocated(self, packed: Array, depths: Array, *, bits: int) -> bool:
+        return packed.dtype.name == "uint8" and _supported(depths, bits)
+
+    def dequantize_allocated(self, packed: Array, depths: Array, *, bits: int) -> Array:
+        """See `kvcompress.ops.dequantize_allocated`."""
+        heads, tokens, _ = packed.shape
+        out = self._runtime.empty((heads, tokens, depths.shape[-1]), "float32", packed)
+        if out.size:
+            packed, rows = self._rows(packed)
+            launch = allocated.dequantize_allocated(rows, bits=bits, channels=depths.shape[-1])
+            self._runtime.launch(launch, packed, self._contiguous(depths), out)
+        return out
+
+
+def _supported(depths: Array, bits: int) -> bool:
+    channels = depths.shape[-1]
+    return depths.dtype.name == "uint8" and channels <= allocated.COMPONENTS and bits > 0

@@ -1,0 +1,94 @@
+"""Tokens in the slots of a pool, as a paged cache holds them: copied together, or read in place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from kvcompress._namespace import Array, array_namespace, device, scatter
+
+
+def gather_slots(pool: Array, slots: Array) -> Array:
+    """Copy tokens out of a pool.
+
+    Parameters
+    ----------
+    pool : array ``[slots, heads, channels]``
+    slots : array ``[tokens]``, int32
+        Where each token is.
+
+    Returns
+    -------
+    array ``[heads, tokens, channels]``
+    """
+    xp = array_namespace(pool, slots)
+    return xp.permute_dims(xp.take(pool, slots, axis=0), (1, 0, 2))
+
+
+def scatter_slots(pool: Array, slots: Array, x: Array) -> Array:
+    """Copy tokens into a pool; the reverse of `gather_slots`.
+
+    Parameters
+    ----------
+    pool : array ``[slots, heads, channels]``
+        Overwritten where its library can, and not to be used afterwards.
+    slots : array ``[tokens]``, int32
+        All different.
+    x : array ``[heads, tokens, channels]``
+        Of the dtype of the pool.
+
+    Returns
+    -------
+    array ``[slots, heads, channels]``
+        The pool with ``pool[slots[t], h] = x[h, t]``.
+    """
+    xp = array_namespace(pool, slots, x)
+    order = xp.argsort(slots)
+    rows = xp.take(xp.permute_dims(x, (1, 0, 2)), order, axis=0)
+    return scatter(pool, xp.take(slots, order), rows, overwrite=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Paged:
+    """Tokens in the slots of a pool, that stand for what `gather_slots` would copy.
+
+    It answers what an array is asked besides its values: shape, dtype, device and library. Its
+    values are for operations: `kvcompress.backend.Ops` runs a kernel that reads them where they
+    are, or gathers them first.
+
+    Parameters
+    ----------
+    pool, slots : arrays
+        As `gather_slots` takes them. What is written to the pool later is read.
+    """
+
+    pool: Array
+    slots: Array
+
+    ndim = 3
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """``(heads, tokens, channels)``."""
+        _, heads, channels = self.pool.shape
+        return heads, self.slots.shape[0], channels
+
+    @property
+    def dtype(self) -> Any:
+        """That of the pool."""
+        return self.pool.dtype
+
+    @property
+    def device(self) -> Any:
+        """That of the pool."""
+        return device(self.pool)
+
+    def __array_namespace__(self, *, api_version: str | None = None) -> Any:
+        return array_namespace(self.pool)
+
+    def __getitem__(self, key: tuple[slice, slice, slice]) -> Paged:
+        """Some of the tokens, ``[:, start:stop, :]``."""
+        heads, tokens, channels = key
+        if (heads, channels) != (slice(None), slice(None)):
+            raise IndexError(f"only tokens can be sliced before they are gathered, got {key}")
+        return Paged(self.pool, self.slots[tokens])
