@@ -157,6 +157,18 @@ def map_blocks(function: Callable[..., Any], rows: int, *arrays: Array) -> Any:
     return xp.concat(parts, axis=0)
 
 
+def map_matrices(function: Callable[[Array], Any], stack: Array) -> Any:
+    """Apply `function`, which decomposes or inverts every matrix of a stack, to the stack.
+
+    On processors, JAX hands out the matrices of a stack to the threads of a pool, on one of which
+    it waits for the others: as many stacks at a time as there are threads, keys and values on two
+    cores, would wait for ever. One matrix at a time waits for nobody.
+    """
+    xp = compat.array_namespace(stack)
+    alone = compat.is_jax_namespace(xp) and on_cpu(stack)
+    return map_blocks(function, 1 if alone else max(1, stack.shape[0]), stack)
+
+
 def on_cpu(x: Array) -> bool:
     """Tell whether a processor with caches computes on `x`, not a GPU or the like."""
     if compat.is_jax_array(x):
