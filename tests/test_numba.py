@@ -88,7 +88,7 @@ def test_affine(data):
 
 @given(data=st.data())
 def test_rotated(data):
-    channels = 2 ** data.draw(st.integers(0, 9))
+    channels = 2 ** data.draw(st.integers(0, 10))
     shape = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 40), st.just(channels)))
     spec = RotatedSpec(data.draw(st.integers(1, 8)), data.draw(st.integers(0, 9)))
     x = data.draw(tensors(shape, data.draw(names)))
