@@ -33,6 +33,8 @@ def array_namespace(*arrays: Array) -> Namespace:
     NamespaceError
         If an argument is no array of a supported library, or libraries are mixed.
     """
+    if {type(a) for a in arrays} == {np.ndarray}:
+        return _numpy()  # soon, for a single token is compressed in microseconds
     try:
         if not all(map(compat.is_array_api_obj, arrays)):
             raise TypeError  # a Python scalar would pass for an array of any library
@@ -46,6 +48,11 @@ def array_namespace(*arrays: Array) -> Namespace:
     if compat.is_jax_namespace(xp):
         register_pytrees()
     return xp
+
+
+@cache
+def _numpy() -> Namespace:
+    return compat.array_namespace(np.empty(0))
 
 
 def namespace_of(module: Any) -> Namespace:

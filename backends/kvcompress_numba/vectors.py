@@ -257,7 +257,7 @@ def shift_left(builder: Any, value: Any, places: Any) -> Any:
 
 @_function(lambda table, index: table(table, index))
 def permuted(builder: Any, table: Any, index: Any) -> Any:
-    """16 entries of a table of 16 numbers, float32 or whole, by the lowest 4 bits of their numbers."""
+    """16 entries of a table of 16, float32 or whole, by the lowest 4 bits of their numbers."""
     index = builder.and_(index, _all(index, LANES - 1))
     # LLVM makes one instruction of this where there is one.
     value = ir.Constant(table.type, ir.Undefined)
