@@ -185,6 +185,17 @@ def on_cpu(x: Array) -> bool:
     return not compat.is_cupy_array(x) and getattr(device(x), "type", "cpu") == "cpu"
 
 
+def values_at_a_time(x: Array) -> int | None:
+    """How many values best go through many steps together; None for all.
+
+    On processors, caches then hold them from step to step. PyTorch takes long to begin a step; JAX
+    does not, and what the own cache of a core holds is best.
+    """
+    if not on_cpu(x):
+        return None
+    return 2**15 if compat.is_jax_array(x) else 2**18 if compat.is_torch_array(x) else 2**16
+
+
 def extremes(x: Array, axis: int) -> tuple[Array, Array]:
     """Smallest and largest values along an axis, as float32."""
     xp = compat.array_namespace(x)
@@ -201,6 +212,14 @@ def largest(x: Array, count: int) -> Array:
         return sys.modules["jax"].lax.top_k(x, count)[1]  # a partition would be a full sort
     size = x.shape[-1]
     return xpx.argpartition(x, size - count, axis=-1)[..., size - count :]
+
+
+def look_up(table: Array, index: Array) -> Array:
+    """Entries of a 1-D table at positions within it, of the shape of `index`."""
+    xp, shape = compat.array_namespace(table, index), index.shape
+    if compat.is_jax_namespace(xp):
+        return xp.take(table, index, mode="clip")  # by default, it would look for others
+    return xp.reshape(xp.take(table, xp.reshape(index, (-1,))), shape)
 
 
 def scatter(x: Array, index: Array, values: Array, *, overwrite: bool = False) -> Array:

@@ -10,6 +10,7 @@ from kvcompress._namespace import (
     astype,
     device,
     dtype_name,
+    look_up,
     map_matrices,
     narrow,
 )
@@ -116,7 +117,7 @@ def _best_step(y: Array, deviation: Array, depths: Array) -> Array:
         errors.append(xp.sum(error * error, axis=-2, keepdims=True))
     best = xp.argmin(xp.stack(errors), axis=0)
     table = xp.asarray(WIDENINGS, dtype=xp.float32, device=device(y))
-    return deviation * xp.reshape(xp.take(table, xp.reshape(best, (-1,))), best.shape)
+    return deviation * look_up(table, best)
 
 
 def _over(y: Array, step: Array) -> Array:
