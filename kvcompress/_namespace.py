@@ -33,6 +33,8 @@ def array_namespace(*arrays: Array) -> Namespace:
     NamespaceError
         If an argument is no array of a supported library, or libraries are mixed.
     """
+    if {type(a) for a in arrays} == {np.ndarray}:
+        return _numpy()  # soon, for a single token is compressed in microseconds
     try:
         if not all(map(compat.is_array_api_obj, arrays)):
             raise TypeError  # a Python scalar would pass for an array of any library
@@ -46,6 +48,11 @@ def array_namespace(*arrays: Array) -> Namespace:
     if compat.is_jax_namespace(xp):
         register_pytrees()
     return xp
+
+
+@cache
+def _numpy() -> Namespace:
+    return compat.array_namespace(np.empty(0))
 
 
 def namespace_of(module: Any) -> Namespace:
@@ -157,6 +164,18 @@ def map_blocks(function: Callable[..., Any], rows: int, *arrays: Array) -> Any:
     return xp.concat(parts, axis=0)
 
 
+def map_matrices(function: Callable[[Array], Any], stack: Array) -> Any:
+    """Apply `function`, which decomposes or inverts every matrix of a stack, to the stack.
+
+    On processors, JAX hands out the matrices of a stack to the threads of a pool, on one of which
+    it waits for the others: as many stacks at a time as there are threads, keys and values on two
+    cores, would wait for ever. One matrix at a time waits for nobody.
+    """
+    xp = compat.array_namespace(stack)
+    alone = compat.is_jax_namespace(xp) and on_cpu(stack)
+    return map_blocks(function, 1 if alone else max(1, stack.shape[0]), stack)
+
+
 def on_cpu(x: Array) -> bool:
     """Tell whether a processor with caches computes on `x`, not a GPU or the like."""
     if compat.is_jax_array(x):
@@ -164,6 +183,17 @@ def on_cpu(x: Array) -> bool:
         platform = x.device.platform if is_concrete(x) else jax.default_backend()
         return bool(platform == "cpu")
     return not compat.is_cupy_array(x) and getattr(device(x), "type", "cpu") == "cpu"
+
+
+def values_at_a_time(x: Array) -> int | None:
+    """How many values best go through many steps together; None for all.
+
+    On processors, caches then hold them from step to step. PyTorch takes long to begin a step; JAX
+    does not, and what the own cache of a core holds is best.
+    """
+    if not on_cpu(x):
+        return None
+    return 2**15 if compat.is_jax_array(x) else 2**18 if compat.is_torch_array(x) else 2**16
 
 
 def extremes(x: Array, axis: int) -> tuple[Array, Array]:
@@ -182,6 +212,14 @@ def largest(x: Array, count: int) -> Array:
         return sys.modules["jax"].lax.top_k(x, count)[1]  # a partition would be a full sort
     size = x.shape[-1]
     return xpx.argpartition(x, size - count, axis=-1)[..., size - count :]
+
+
+def look_up(table: Array, index: Array) -> Array:
+    """Entries of a 1-D table at positions within it, of the shape of `index`."""
+    xp, shape = compat.array_namespace(table, index), index.shape
+    if compat.is_jax_namespace(xp):
+        return xp.take(table, index, mode="clip")  # by default, it would look for others
+    return xp.reshape(xp.take(table, xp.reshape(index, (-1,))), shape)
 
 
 def scatter(x: Array, index: Array, values: Array, *, overwrite: bool = False) -> Array:

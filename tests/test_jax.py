@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import math
 import warnings
 
 import numpy as np
 import pytest
 
-from kvcompress import Hybrid, KVCacheCompressor, LowRank, SettingError, VectorQuantization
+from kvcompress import (
+    Hybrid,
+    KVCacheCompressor,
+    LowRank,
+    SettingError,
+    TransformCoding,
+    VectorQuantization,
+)
 
 jax = pytest.importorskip("jax")
 jnp = pytest.importorskip("jax.numpy")
@@ -196,3 +204,21 @@ def test_with_64_bits_enabled():
             b = wide.keys.arrays[name]
             assert (a.shape, a.dtype) == (b.shape, b.dtype), name
         close(out, compressor.decompress_kv(expected), tolerance=1e-4)
+
+
+def equations(jaxpr):
+    """All equations of a traced program, those of loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values())):
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+@pytest.mark.parametrize("method", [LowRank(3), Hybrid(6, 3), TransformCoding(3)], ids=str)
+def test_matrices_are_decomposed_one_by_one(method):
+    """Two stacks at a time can wait for each other for ever on the threads of two processors."""
+    traced = jax.make_jaxpr(KVCacheCompressor(method).compress_kv)(*kv()).jaxpr
+    found = [e for e in equations(traced) if e.primitive.name in ("eigh", "lu")]
+    assert len(found) >= 2
+    assert all(math.prod(e.invars[0].aval.shape[:-2]) == 1 for e in found)

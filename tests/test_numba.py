@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -88,7 +89,7 @@ def test_affine(data):
 
 @given(data=st.data())
 def test_rotated(data):
-    channels = 2 ** data.draw(st.integers(0, 9))
+    channels = 2 ** data.draw(st.integers(0, 10))
     shape = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 40), st.just(channels)))
     spec = RotatedSpec(data.draw(st.integers(1, 8)), data.draw(st.integers(0, 9)))
     x = data.draw(tensors(shape, data.draw(names)))
@@ -96,6 +97,30 @@ def test_rotated(data):
     gain = gain.astype(DTYPES[data.draw(st.sampled_from(("float32", "bfloat16")))])
     static = {"spec": spec, "channels": channels, "dtype": data.draw(names)}
     both("dequantize_rotated", codes, gain, **static)
+
+
+def test_tokens_that_random_numbers_do_not_make():
+    """Tiny ones, ones that rotation gathers in one channel, and gains at the limit."""
+    spike = np.zeros((4, 16), "float32")
+    spike[:, 3] = [9, -9, 2.0**-110, -(2.0**-110)]
+    for channels in (8, 256):
+        x = np.zeros((4, channels), "float32")
+        x[:, :8] = spike[:, :8]
+        gathered = ops.inverse_hadamard(x, seed=0)
+        for bits in (4, 5):
+            spec = RotatedSpec(bits, 0)
+            for tokens in (x, gathered):
+                codes, gain = both("quantize_rotated", tokens, spec=spec)
+                limit = np.full_like(gain, 2.0**127 / channels**0.5)
+                both("dequantize_rotated", codes, limit, spec=spec, channels=channels)
+
+
+@pytest.mark.parametrize("place", range(35))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_bad_value_anywhere(place, bad):
+    x = np.ones((1, 1, 35), "float32")
+    x[..., place] = bad
+    assert not backend.within(x, limit=2.0)
 
 
 @given(st.data(), names)
@@ -119,7 +144,7 @@ def test_within(data):
 
 
 @pytest.mark.parametrize("dim", [1, 4, 64])
-@pytest.mark.parametrize("size", [2, 16, 100, 3000])
+@pytest.mark.parametrize("size", [2, 16, 17, 100, 3000])
 def test_nearest_centroids(dim, size):
     """As near as the nearest, in float64; the first of those that are the same."""
     rng = np.random.default_rng(0)
@@ -169,6 +194,8 @@ def test_strides(layout):
         ends = ends[..., : lower.shape[-1]], ends[..., lower.shape[-1] :]
         codes = np.concatenate([codes, codes], axis=-2)[..., : codes.shape[-2], :]
         both("dequantize", codes, *ends, spec=spec, channels=x.shape[-1])
+        for other in (ends[0], np.ascontiguousarray(upper)):
+            both("dequantize", codes, ends[0].copy(), other, spec=spec, channels=x.shape[-1])
     spec = RotatedSpec(3, 0)
     encoded = both("quantize_rotated", x, spec=spec)
     both("dequantize_rotated", *encoded, spec=spec, channels=x.shape[-1])
@@ -256,6 +283,17 @@ def three_threads(monkeypatch):
 def test_threads_share_the_work(op, arrays, static):
     both(op, *arrays, **static)
     assert threads._pool.cache_info().currsize == 1
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_slow_threads_are_waited_for():
+    def fill(out, _, begin, end):
+        time.sleep(0.1 * (begin > 0))
+        out[begin:end] = 1
+
+    out = np.zeros(9)
+    threads.run(fill, 9, threads.WORTH_A_THREAD, 0, out)
+    assert out.all()
 
 
 @pytest.mark.usefixtures("three_threads")

@@ -17,13 +17,12 @@ from kvcompress.ops.hadamard import signs
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
 from kvcompress.ops.rotated import RotatedSpec
 from kvcompress_numba.arrays import NDArray, divided, empty, fold, following, rows
-from kvcompress_numba.packing import pack_row, unpack_row
+from kvcompress_numba.packing import one_plane, pack_row, unpack_row
 from kvcompress_numba.threads import inline, kernel, run
 from kvcompress_numba.vectors import (
     LANES,
     absolute,
     butterflies,
-    floored,
     get,
     largest,
     load,
@@ -33,6 +32,7 @@ from kvcompress_numba.vectors import (
     narrow,
     permuted,
     rounded,
+    shift_left,
     splat,
     splat_int,
     store,
@@ -76,22 +76,52 @@ def dequantize_rotated(
 
 @cache
 def _tables(bits: int) -> tuple[NDArray, NDArray]:
-    """For few bits, the cell where every code begins, counted from zero; and the levels.
+    """For few bits, the number where every code begins; and the levels.
 
     Both have at least 16 entries.
     """
     count = 2**bits
     bounds, filled = np.full(LANES, np.inf, "float32"), np.zeros(max(LANES, count), "float32")
     if count <= LANES:
-        bounds[:count] = np.searchsorted(cells(bits), np.arange(count)) - LARGEST * CELLS_PER_UNIT
+        first = np.searchsorted(cells(bits), np.arange(count))
+        bounds[:count] = first / CELLS_PER_UNIT - LARGEST
     filled[:count] = levels(bits)
     return bounds, filled
+
+
+@inline
+def _three_rounds(y: Any, i: int, step: int, scale: Any) -> None:
+    """Rounds at distances of `step`, twice and four times that, in registers; then scaled."""
+    a0, a1 = load(y, i), load(y, i + step)
+    a2, a3 = load(y, i + 2 * step), load(y, i + 3 * step)
+    a4, a5 = load(y, i + 4 * step), load(y, i + 5 * step)
+    a6, a7 = load(y, i + 6 * step), load(y, i + 7 * step)
+    b0, b1, b2, b3 = a0 + a1, a0 - a1, a2 + a3, a2 - a3
+    b4, b5, b6, b7 = a4 + a5, a4 - a5, a6 + a7, a6 - a7
+    a0, a1, a2, a3 = b0 + b2, b1 + b3, b0 - b2, b1 - b3
+    a4, a5, a6, a7 = b4 + b6, b5 + b7, b4 - b6, b5 - b7
+    store(y, i, (a0 + a4) * splat(scale))
+    store(y, i + step, (a1 + a5) * splat(scale))
+    store(y, i + 2 * step, (a2 + a6) * splat(scale))
+    store(y, i + 3 * step, (a3 + a7) * splat(scale))
+    store(y, i + 4 * step, (a0 - a4) * splat(scale))
+    store(y, i + 5 * step, (a1 - a5) * splat(scale))
+    store(y, i + 6 * step, (a2 - a6) * splat(scale))
+    store(y, i + 7 * step, (a3 - a7) * splat(scale))
 
 
 @inline
 def _rounds(y: Any, n: int, scale: Any) -> None:
     vectors = n & -LANES
     step = LANES if vectors else 1
+    while vectors and 8 * step <= n:
+        factor = scale if 8 * step == n else _ONE
+        for start in range(0, n, 8 * step):
+            for i in range(start, start + step, LANES):
+                _three_rounds(y, i, step, factor)
+        step *= 8
+        if step == n:
+            return
     while step < n:
         for start in range(0, n, 2 * step):
             for i in range(start, start + step, LANES if vectors else 1):
@@ -144,31 +174,57 @@ def _sqrt(x: Any) -> Any:
 
 
 @inline
-def _halve(code: Any, step: int, place: Any, bounds: Any) -> Any:
+def _halve(code: Any, step: int, value: Any, bounds: Any) -> Any:
     higher = code | splat_int(step)
-    return where_not_less(place, permuted(bounds, higher), higher, code)
+    return where_not_less(value, permuted(bounds, higher), higher, code)
 
 
 @inline
-def _search(place: Any, bounds: Any) -> Any:
-    """Codes of 16 cells, by bisection: the last of the 16 ascending `bounds` they reach."""
-    code = _halve(splat_int(0), 8, place, bounds)
-    code = _halve(code, 4, place, bounds)
-    code = _halve(code, 2, place, bounds)
-    return _halve(code, 1, place, bounds)
+def _search(value: Any, bounds: Any) -> Any:
+    """Codes of 16 numbers, by bisection: the last of the 16 ascending `bounds` they reach."""
+    code = _halve(splat_int(0), 8, value, bounds)
+    code = _halve(code, 4, value, bounds)
+    code = _halve(code, 2, value, bounds)
+    return _halve(code, 1, value, bounds)
 
 
 @inline
-def _encode_few(y: Any, n: int, inverse: Any, bounds: Any, levels: Any, one: Any, row: Any) -> Any:
-    """Codes of up to 4 bits for ``y[:n] * inverse``; return the factor that serves them best."""
+def _encode_few(
+    y: Any,
+    n: int,
+    bits: int,
+    inverse: Any,
+    bounds: Any,
+    levels: Any,
+    one: Any,
+    row: Any,
+    codes: Any,
+    at: int,
+) -> Any:
+    """Pack codes of up to 4 bits for ``y[:n] * inverse``; return the factor that serves them best.
+
+    `row` has ``n + 8`` places to spare.
+    """
     products, squares = splat_int(0), splat_int(0)
-    for i in range(0, n, LANES):
-        value = load(y, i) * splat(inverse)
-        code = _search(floored(value * splat(_CELLS)), bounds)
-        store_codes(row, i, code)
-        level = permuted(levels, code)
-        products = products + rounded(value * level * splat(one))
-        squares = squares + rounded(level * level * splat(one))
+    # By a power of two, which may as well come first.
+    scaled = levels * splat(one)
+    squared = rounded(levels * scaled)
+    whole = one_plane(n, bits)
+    size = n * bits >> 3 if whole else n
+    for j in range(0, size, LANES):
+        byte = splat_int(0)
+        for i in range(n // size):
+            value = load(y, i * size + j) * splat(inverse)
+            code = _search(value, bounds)
+            products = products + rounded(value * permuted(scaled, code))
+            squares = squares + permuted(squared, code)
+            byte = byte | shift_left(code, i * bits)
+        if whole:
+            store_codes(codes, at + j, byte)
+        else:
+            store_codes(row, j, byte)
+    if not whole:
+        pack_row(row, n, bits, codes, at)
     return np.float32(total(products)) / np.float32(total(squares))
 
 
@@ -244,13 +300,16 @@ def _quantize(
         store(inverses, 0, splat(_ONE) / rms)
         for r in range(count):
             y = block[r * channels : (r + 1) * channels]
+            unit = start + r
+            at = unit * width
             if vectors and bits <= FEW:
-                share = _encode_few(y, channels, inverses[r], first_bounds, first_levels, one, row)
+                share = _encode_few(
+                    y, channels, bits, inverses[r], first_bounds, first_levels, one, row, codes, at
+                )
             else:
                 share = _encode(y, channels, inverses[r], cells, levels, one, level, row)
-            unit = start + r
+                pack_row(row, channels, bits, codes, at)
             gains[unit] = _ZERO if peaks[r] < _TINY else peaks[r] * powers[r] * share
-            pack_row(row, channels, bits, codes, unit * width)
 
 
 @kernel

@@ -222,12 +222,6 @@ def absolute(builder: Any, value: Any) -> Any:
     return _call(builder, "llvm.fabs.v16f32", value)
 
 
-@_function(floats)
-def floored(builder: Any, value: Any) -> Any:
-    """The largest whole numbers not above 16 numbers."""
-    return _call(builder, "llvm.floor.v16f32", value)
-
-
 @_function(ints)
 def rounded(builder: Any, value: Any) -> Any:
     """16 numbers below 2**31, rounded to whole ones, half to even."""
@@ -261,9 +255,9 @@ def shift_left(builder: Any, value: Any, places: Any) -> Any:
     return builder.shl(value, _splat(builder, builder.trunc(places, _I32)))
 
 
-@_function(floats)
+@_function(lambda table, index: table(table, index))
 def permuted(builder: Any, table: Any, index: Any) -> Any:
-    """16 entries of a table of 16, by the lowest 4 bits of their numbers."""
+    """16 entries of a table of 16, float32 or whole, by the lowest 4 bits of their numbers."""
     index = builder.and_(index, _all(index, LANES - 1))
     # LLVM makes one instruction of this where there is one.
     value = ir.Constant(table.type, ir.Undefined)
@@ -278,9 +272,10 @@ def butterflies(builder: Any, value: Any) -> Any:
     """Sums and differences of neighbours, of neighbours but one, by 4 and by 8: four rounds."""
     for distance in (1, 2, 4, 8):
         swapped = _shuffle(builder, value, [i ^ distance for i in range(LANES)])
-        sums, differences = builder.fadd(swapped, value), builder.fsub(swapped, value)
-        chosen = [i if i & distance == 0 else LANES + i for i in range(LANES)]
-        value = _shuffle(builder, sums, chosen, differences)
+        signs = [1.0 if i & distance == 0 else -1.0 for i in range(LANES)]
+        # Exact products: whether they are fused with the sums makes no difference.
+        signs = ir.Constant(floats.ir, signs)
+        value = _call(builder, "llvm.fmuladd.v16f32", value, signs, swapped)
     return value
 
 
@@ -341,6 +336,7 @@ def _reduce(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any
     return builder.extract_element(value, ir.Constant(_I32, 0))
 
 
-def _call(builder: Any, name: str, value: Any) -> Any:
-    kind = ir.FunctionType(value.type, [value.type])
-    return builder.call(builder.module.declare_intrinsic(name, fnty=kind), [value])
+def _call(builder: Any, name: str, *values: Any) -> Any:
+    kinds = [value.type for value in values]
+    kind = ir.FunctionType(kinds[0], kinds)
+    return builder.call(builder.module.declare_intrinsic(name, fnty=kind), values)

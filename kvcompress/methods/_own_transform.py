@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kvcompress._namespace import Array, array_namespace, astype, device, dtype_name, narrow
+from kvcompress._namespace import (
+    Array,
+    array_namespace,
+    astype,
+    device,
+    dtype_name,
+    look_up,
+    map_matrices,
+    narrow,
+)
 from kvcompress.backend import Ops
 from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
 from kvcompress.methods.base import Payload, TensorSpec
@@ -89,7 +98,7 @@ def _encode(total: int, x: Array, dtype: str, ops: Ops) -> Payload:
     }
     x = astype(x, "float32") / principal.scale - astype(payload["mean"], "float32")
     # By the inverse of the basis as it will be decoded: its rounding then costs nothing.
-    y = x @ xp.matrix_transpose(xp.linalg.inv(_basis(payload, ops)))
+    y = x @ xp.matrix_transpose(map_matrices(xp.linalg.inv, _basis(payload, ops)))
     deviation = xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True) / max(x.shape[-2], 1))
     payload["depths"] = allocate((deviation * deviation)[:, 0, :], total)
     payload["step"] = narrow(_best_step(y, deviation, payload["depths"]), dtype)
@@ -108,7 +117,7 @@ def _best_step(y: Array, deviation: Array, depths: Array) -> Array:
         errors.append(xp.sum(error * error, axis=-2, keepdims=True))
     best = xp.argmin(xp.stack(errors), axis=0)
     table = xp.asarray(WIDENINGS, dtype=xp.float32, device=device(y))
-    return deviation * xp.reshape(xp.take(table, xp.reshape(best, (-1,))), best.shape)
+    return deviation * look_up(table, best)
 
 
 def _over(y: Array, step: Array) -> Array:

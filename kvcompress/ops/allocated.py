@@ -8,11 +8,9 @@ static; which component gets them is data, so all shapes are static.
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from kvcompress._namespace import Array, array_namespace, device, map_blocks
+from kvcompress._namespace import Array, array_namespace, device, look_up, map_blocks
 from kvcompress.ops.lloyd_max import (
     CELLS_PER_UNIT,
     LARGEST,
@@ -111,8 +109,7 @@ def dequantize_allocated(packed: Array, depths: Array, *, bits: int) -> Array:
     def block(rows: Array) -> Array:
         slots = unpack(xp.permute_dims(rows, (1, 0, 2)), 1, bits)
         index = xp.astype(xp.astype(slots, xp.float32) @ join, xp.int32) + first
-        levels = xp.take(table, xp.reshape(index, (math.prod(index.shape),)))
-        return xp.permute_dims(xp.reshape(levels, index.shape), (1, 0, 2))
+        return xp.permute_dims(look_up(table, index), (1, 0, 2))
 
     count = _rows(packed.shape[0], bits)
     return xp.permute_dims(map_blocks(block, count, xp.permute_dims(packed, (1, 0, 2))), (1, 0, 2))
@@ -126,7 +123,7 @@ def _looked_up(cells: np.ndarray, x: Array, depths: Array) -> Array:
     cell = xp.clip(cell + count / 2, 0.0, count - 1.0)
     cell = xp.astype(cell, xp.int32) + xp.astype(depths, xp.int32)[:, None, :] * count
     table = xp.asarray(cells, device=device(x))
-    return xp.reshape(xp.take(table, xp.reshape(cell, (math.prod(cell.shape),))), x.shape)
+    return look_up(table, cell)
 
 
 def _rows(heads: int, bits: int) -> int:
@@ -151,5 +148,4 @@ def _slots(depths: Array, bits: int) -> tuple[Array, Array]:
     component = (start <= slot) & (slot < end)
     place = xp.sum(xp.where(component, slot - start, 0), axis=1, keepdims=True)
     powers = xp.asarray([2.0**i for i in range(DEEPEST)], dtype=xp.float32, device=device(depths))
-    flat = xp.take(powers, xp.reshape(place, (math.prod(place.shape),)))
-    return component, xp.reshape(flat, place.shape)
+    return component, look_up(powers, place)

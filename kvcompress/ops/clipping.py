@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from kvcompress._namespace import Array, array_namespace, astype, device
+from kvcompress._namespace import Array, array_namespace, astype, device, look_up
 from kvcompress.ops.affine import AffineSpec, quantize
 
 CUTS = (0, 1, 2, 3)
@@ -37,11 +37,11 @@ def clip_groups(x: Array, *, spec: AffineSpec) -> Array:
     # Eight bits are bytes, which packing leaves alone.
     codes, lower, upper = quantize(x, spec=replace(spec, bits=8))
     lower, upper = astype(lower, "float32"), astype(upper, "float32")
-    flat = xp.astype(xp.reshape(codes, (-1,)), xp.int32)
+    codes = xp.astype(codes, xp.int32)
     sums = []
     for table in errors(spec.bits):
-        error = xp.take(xp.asarray(table, device=device(x)), flat)
-        sums.append(_group_sums(xp.reshape(error, codes.shape), spec.group_size, axis))
+        error = look_up(xp.asarray(table, device=device(x)), codes)
+        sums.append(_group_sums(error, spec.group_size, axis))
     best = xp.argmin(xp.stack(sums), axis=0)
     low, high = best // len(CUTS), best % len(CUTS)
     sixteenth = (upper - lower) / 16

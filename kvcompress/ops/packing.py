@@ -8,6 +8,8 @@ without its neighbours.
 
 from __future__ import annotations
 
+from functools import cache
+
 from kvcompress._namespace import Array, array_namespace, device
 
 
@@ -16,6 +18,7 @@ def code_dtype(bits: int) -> str:
     return "uint8" if bits <= 8 else "int32"
 
 
+@cache  # what one token takes is asked many times
 def packed_size(n: int, bits: int) -> int:
     """Bytes that a row of `n` codes of `bits` bits takes."""
     return sum(_plane_size(n, width) for _, width in _planes(bits))

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvcompress._namespace import Array, array_namespace, astype, device, dtype_name
+from kvcompress._namespace import (
+    Array,
+    array_namespace,
+    astype,
+    device,
+    dtype_name,
+    map_matrices,
+)
 from kvcompress.ops.affine import TINY
 
 
@@ -110,5 +117,6 @@ def _eigh(centered: Array) -> tuple[Array, Array]:
     covariance = xp.matrix_transpose(centered) @ centered / max(centered.shape[-2], 1)
     # LAPACK may not converge where denormals stand beside ones.
     covariance = xp.where(xp.abs(covariance) < TINY, 0.0, covariance)
-    values, vectors = xp.linalg.eigh(-covariance)  # ascending, so largest variance first
+    # Ascending, so largest variance first.
+    values, vectors = map_matrices(lambda stack: tuple(xp.linalg.eigh(stack)), -covariance)
     return -values, vectors

@@ -15,17 +15,15 @@ from kvcompress._namespace import (
     array_namespace,
     astype,
     device,
+    look_up,
     map_blocks,
     narrow,
-    on_cpu,
+    values_at_a_time,
 )
 from kvcompress.ops.affine import TINY
 from kvcompress.ops.hadamard import hadamard, inverse_hadamard
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
 from kvcompress.ops.packing import pack, packed_size, unpack
-
-VALUES = 2**16
-"""Values coded or decoded at a time."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,11 @@ def _quantize_rows(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
     table = xp.asarray(cells(spec.bits), device=device(x))
     cell = xp.floor(x * CELLS_PER_UNIT) + float(LARGEST * CELLS_PER_UNIT)
     cell = xp.clip(cell, 0.0, table.shape[0] - 1.0)
-    codes = xp.take(table, xp.reshape(xp.astype(cell, xp.int32), (math.prod(shape),)))
-    level = xp.reshape(_levels(codes, spec.bits), shape)
+    codes = look_up(table, xp.astype(cell, xp.int32))
+    level = _levels(codes, spec.bits)
     # The smallest levels of many channels may be rounded to zero.
     gain = peak * rms * (_dot(x, level) / xp.where(zero, 1.0, _dot(level, level)))
-    return pack(xp.reshape(codes, shape), spec.bits), xp.where(zero, 0.0, gain)
+    return pack(codes, spec.bits), xp.where(zero, 0.0, gain)
 
 
 def dequantize_rotated(
@@ -127,15 +125,15 @@ def _dequantize_rows(
 ) -> Array:
     xp = array_namespace(codes, gain)
     codes = unpack(codes, spec.bits, channels)
-    level = _levels(xp.reshape(codes, (math.prod(codes.shape),)), spec.bits)
-    x = inverse_hadamard(xp.reshape(level, codes.shape), seed=spec.seed)
+    x = inverse_hadamard(_levels(codes, spec.bits), seed=spec.seed)
     # No source was larger, so this cannot hurt, and float32 cannot overflow.
     return narrow(xp.clip(x * astype(gain, "float32"), -(2.0**126), 2.0**126), dtype)
 
 
 def _rows(x: Array, channels: int) -> int:
-    """Rows at a time that a processor's cache holds from round to round of the transform."""
-    return max(1, VALUES // channels if on_cpu(x) else x.shape[0])
+    """Rows that are coded or decoded at a time."""
+    values = values_at_a_time(x)
+    return max(1, x.shape[0] if values is None else values // channels)
 
 
 def _inverse(scale: Array, zero: Array) -> Array:
@@ -155,7 +153,7 @@ def _sqrt(x: Array) -> Array:
 def _levels(codes: Array, bits: int) -> Array:
     xp = array_namespace(codes)
     table = xp.asarray(levels(bits), device=device(codes))
-    return xp.take(table, xp.astype(codes, xp.int32))
+    return look_up(table, xp.astype(codes, xp.int32))
 
 
 def _dot(x: Array, y: Array) -> Array:
