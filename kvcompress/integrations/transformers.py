@@ -54,6 +54,11 @@ class LanguageModel:
     tokenizer: Any
     cache_dtype: str
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parameters in 16 bits."""
+        return 2 * sum(x.numel() for x in self.model.parameters())
+
     def chunks(self, text: str, length: int, /) -> HostArray:
         """Cut a text into sequences; the rest at the end is left out.
 

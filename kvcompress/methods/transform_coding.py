@@ -16,7 +16,7 @@ from kvcompress.methods import _own_transform, _trained_transform
 from kvcompress.methods._spans import join_heads, split_heads
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.outliers import gather_rows, largest, put_rows
-from kvcompress.training import Span, train
+from kvcompress.training import Extent, train
 
 EXACT = 0.005
 """Share of the keys kept exact, where nothing else is said."""
@@ -65,7 +65,7 @@ class TransformCoding(Method):
     bits: float
     calibration: LayerStatistics | LayerCode | str | None = None
     exact: float = EXACT
-    span: Span = "layer"
+    span: Extent = "layer"
 
     def __post_init__(self) -> None:
         bits: Any = self.bits

@@ -1,0 +1,226 @@
+"""Pictures, times and the comparison of docs/half-a-bit.md.
+
+``python docs/quality/half_a_bit.py WORK`` after ``python docs/quality/measure.py full --work WORK``,
+whose calibrations it reads. Takes about ten minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from measure import DOCS, HERE, TEXTS, store, weights
+
+from kvcompress import Calibration, KVCacheCompressor, SpanCalibration, plan
+from kvcompress.cli.scoring import Row, Tally, result, score
+from kvcompress.integrations.transformers import Continuation, load_model
+from kvcompress.spans.training import span_basis, train_span
+
+PREFIX, SCORED = 1536, 512
+RATES = (0.1, 0.2, 0.4)
+SPANS = {"head": "#E69F00", "layer": "#0072B2", "model": "#009E73"}
+TITLE = {"fontsize": 10}
+
+
+def main() -> None:
+    """Make all of it."""
+    work = Path(sys.argv[1])
+    spans = SpanCalibration.load(work / "spans.cal")
+    calibration = Calibration.load(work / "calibrated.cal")
+    lm = load_model(weights())
+    found = json.loads((HERE / "spans.json").read_text())
+    layers = json.loads((HERE / "calibrated.json").read_text())
+    facts = {"head": heads(lm, calibration), "times": times(lm, spans)}
+    store("half_a_bit", facts)
+    spectra(spans)
+    components(spans)
+    curves(facts["head"], layers, found)
+    print(equal_quality(layers, found))
+    print(json.dumps(facts["times"], indent=1))
+
+
+def heads(lm, calibration) -> list[dict]:
+    """`TransformCoding` with spans of a head: bits and KL on every text."""
+    options = {"sinks": 4, "window": 128}
+    rows = []
+    for bits in (1.5, 2, 3, 4):
+        planned = plan(calibration, bits=bits, span="head", **options)
+        rows.append(Row("head", bits, planned.__getitem__))
+    texts = []
+    for path in TEXTS:
+        chunks, tallies = lm.chunks(path.read_text(), PREFIX + SCORED + 1), [Tally() for _ in rows]
+        middle = chunks[len(chunks) // 2][None]
+        for _ in score(lm, middle, PREFIX, rows, tallies):
+            pass
+        results = [result(*pair) for pair in zip(rows, tallies, strict=True)]
+        points = [{"bits": r.coded_bits_per_value, "kl": r.kl_mean} for r in results]
+        texts.append({"text": path.name, "results": points})
+    return texts
+
+
+def times(lm, spans) -> dict:
+    """Seconds of a prefill, and of compressing and restoring its cache, in turn; medians."""
+    tokens = lm.chunks(TEXTS[0].read_text(), PREFIX + 2)[0]
+    seconds: dict[str, list[float]] = {}
+    compressors = {
+        bits: KVCacheCompressor(spans.train(bits), sinks=4, window=128) for bits in RATES
+    }
+    sizes = {}
+    for turn in range(6):
+        marks = [("", time.perf_counter())]
+        continuation = Continuation(lm, tokens, prefix=PREFIX)
+        keys, values = zip(*continuation.kv.values(), strict=True)
+        marks.append(("", time.perf_counter()))
+        prefill(lm, tokens)
+        marks.append(("prefill", time.perf_counter()))
+        for bits, compressor in compressors.items():
+            compressed = compressor.compress_cache(keys, values)
+            marks.append((f"compress {bits}", time.perf_counter()))
+            compressor.decompress_cache(compressed)
+            marks.append((f"restore {bits}", time.perf_counter()))
+            sizes[bits] = sum(code.nbytes for code in compressor.method.codes)
+        for (_, start), (name, end) in zip(marks, marks[1:], strict=False):
+            if name and turn:
+                seconds.setdefault(name, []).append(end - start)
+    model = lm.nbytes
+    return {
+        "seconds": {name: median(x) for name, x in seconds.items()},
+        "code_megabytes": {str(bits): size / 1e6 for bits, size in sizes.items()},
+        "model_megabytes": model / 1e6,
+    }
+
+
+def prefill(lm, tokens) -> None:
+    """Let the model read what it would have to read, were the cache not kept."""
+    with torch.no_grad():
+        lm.model.base_model(torch.as_tensor(tokens[None, :PREFIX]), use_cache=True)
+
+
+def spectra(spans) -> None:
+    """Draw how fast the variances of components fall, if channels are taken together."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    (statistics,) = spans.statistics
+    covariance = statistics.metric.sandwich(statistics.covariance())
+    parts = {"head": [], "layer": []}
+    for shape, columns in zip(statistics.span.shapes, statistics.span.columns, strict=True):
+        parts["layer"].append(np.arange(columns.start, columns.stop))
+        starts, of_heads = columns.start, [[] for _ in range(shape.heads)]
+        for heads, dim in shape.groups:
+            for head in range(heads):
+                of_heads[head].append(starts + head * dim + np.arange(dim))
+            starts += heads * dim
+        parts["head"] += [np.concatenate(x) for x in of_heads]
+    found = {
+        name: np.concatenate([np.linalg.eigvalsh(covariance[np.ix_(i, i)]) for i in places])
+        for name, places in parts.items()
+    }
+    total = float(np.trace(covariance))
+    del covariance
+    found["model"] = span_basis(statistics, components=statistics.span.width // 2).variances
+    for name, variances in found.items():
+        falling = np.sort(variances)[::-1]
+        left = 1 - np.cumsum(falling, dtype=np.float64) / total
+        share = (1 + np.arange(len(left))) / statistics.span.width
+        axes.plot(share, left, color=SPANS[name], label=f"of a {name}")
+    axes.set_yscale("log")
+    axes.set_ylim(1e-3, 1)
+    axes.set_xlim(0, 0.6)
+    axes.set_xlabel("components kept, per number")
+    axes.set_ylabel("share of the weighed variance that is lost")
+    axes.legend(frameon=False)
+    save(figure, axes, "half-a-bit-spectrum.png")
+
+
+def components(spans) -> None:
+    """Draw what every component of a token costs."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    (statistics,) = spans.statistics
+    basis = span_basis(statistics, components=statistics.span.width // 2)
+    colors = ("#56B4E9", "#0072B2", "#CC79A7")
+    for bits, color in zip(RATES, colors, strict=True):
+        code = train_span(statistics, bits, basis=basis)
+        frequencies = code.frequencies.astype(np.float64) / 2**15
+        entropy = -np.sum(frequencies * np.log2(frequencies), axis=1)
+        cost = entropy[code.classes]
+        axes.plot(1 + np.arange(len(cost)), cost, color=color, label=f"{bits:g} bits a value")
+    axes.set_xscale("log")
+    axes.set_xlabel(f"component, of {statistics.span.width:,}")
+    axes.set_ylabel("bits a token, of usual tokens")
+    axes.legend(frameon=False)
+    save(figure, axes, "half-a-bit-components.png")
+
+
+def curves(head, layers, model) -> None:
+    """Draw KL against bits for spans of a head, of a layer, of the model."""
+    figure = Figure(figsize=(12.8, 4), layout="constrained")
+    panels = figure.subplots(1, len(TEXTS), sharey=True)
+    for i, axes in enumerate(panels):
+        lines = {
+            "head": [(r["bits"], r["kl"]) for r in head[i]["results"]],
+            "layer": points(layers, i, "TransformCoding"),
+            "model": points(model, i, "SpanTransform"),
+        }
+        for name, line in lines.items():
+            axes.plot(
+                *zip(*sorted(line), strict=True), color=SPANS[name], marker="o", label=f"a {name}"
+            )
+        rotated = sorted(points(layers, i, "RotatedQuantization"))
+        axes.plot(*zip(*rotated, strict=True), color="0.6", marker="v", label="none, rotated")
+        axes.set_yscale("log")
+        axes.set_xscale("log")
+        axes.set_xticks([0.1, 0.2, 0.5, 1, 2, 4], labels=["0.1", "0.2", "0.5", "1", "2", "4"])
+        axes.minorticks_off()
+        axes.set_title(TEXTS[i].stem, **TITLE)
+        axes.set_xlabel("coded bits per value")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("KL divergence, nats per token")
+    panels[0].legend(frameon=False, title="taken together:")
+    figure.savefig(DOCS / "_static" / "half-a-bit-kl.png", dpi=150)
+
+
+def save(figure, axes, name: str) -> None:
+    """Write a picture."""
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(DOCS / "_static" / name, dpi=150)
+
+
+def points(facts: dict, text: int, method: str) -> list[tuple[float, float]]:
+    """Bits and KL of a method on a text."""
+    rows = facts["texts"][text]["results"]
+    return [(r["coded_bits_per_value"], r["kl_mean"]) for r in rows if r["method"] == method]
+
+
+def equal_quality(layers: dict, model: dict) -> str:
+    """Bits of every method at the KL of `SpanTransform`, as a table; interpolated in logarithms."""
+    others = ("TransformCoding", "RotatedQuantization", "GroupQuantization")
+    lines = ["text | KL | SpanTransform | " + " | ".join(others) + " | fewer", "--|" * 6 + "--"]
+    for i, path in enumerate(TEXTS):
+        for bits, kl in points(model, i, "SpanTransform"):
+            row = [at(sorted(points(layers, i, name)), kl) for name in others]
+            if all(math.isnan(x) for x in row):
+                continue
+            cells = ["" if math.isnan(x) else f"{x:.2f}" for x in row]
+            cells.append(f"{np.nanmin(row) / bits:.1f}x")
+            lines.append(f"{path.stem} | {kl:.4f} | {bits:.2f} | " + " | ".join(cells))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def at(line: list[tuple[float, float]], kl: float) -> float:
+    """Bits at which a line from many to few nats crosses a divergence; NaN where it does not."""
+    bits, logs = (np.array(x) for x in zip(*((b, -math.log(k)) for b, k in line), strict=True))
+    return float(np.interp(-math.log(kl), logs, bits, left=math.nan, right=math.nan))
+
+
+if __name__ == "__main__":
+    main()
