@@ -1,7 +1,7 @@
 """Pictures, times and the comparison of docs/half-a-bit.md.
 
-``python docs/quality/half_a_bit.py WORK`` after ``python docs/quality/measure.py full --work WORK``,
-whose calibrations it reads. Takes about ten minutes.
+After ``python docs/quality/measure.py full --work WORK``, whose calibrations it reads:
+``python docs/quality/half_a_bit.py WORK``. Takes about ten minutes.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -86,7 +87,7 @@ def times(lm, spans) -> dict:
             compressor.decompress_cache(compressed)
             marks.append((f"restore {bits}", time.perf_counter()))
             sizes[bits] = sum(code.nbytes for code in compressor.method.codes)
-        for (_, start), (name, end) in zip(marks, marks[1:], strict=False):
+        for (_, start), (name, end) in pairwise(marks):
             if name and turn:
                 seconds.setdefault(name, []).append(end - start)
     model = lm.nbytes
