@@ -57,7 +57,8 @@ class LanguageModel:
     @property
     def nbytes(self) -> int:
         """Bytes of all parameters in 16 bits."""
-        return 2 * sum(x.numel() for x in self.model.parameters())
+        count: int = sum(x.numel() for x in self.model.parameters())
+        return 2 * count
 
     def chunks(self, text: str, length: int, /) -> HostArray:
         """Cut a text into sequences; the rest at the end is left out.
