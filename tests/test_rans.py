@@ -11,10 +11,14 @@ from kvcompress.errors import CodingError
 from kvcompress.spans.coefficient_model import (
     CLASSES,
     LARGEST,
+    OCTAVE,
+    REACH,
     SYMBOLS,
     CoefficientModel,
     classes_of,
     fit,
+    level_frequencies,
+    token_levels,
 )
 from kvcompress.spans.rans import PRECISION, TOTAL, Decoder, Encoder
 
@@ -96,21 +100,24 @@ def test_tables_are_sound():
     st.integers(0, 40),
     st.integers(1, 9),
     st.sampled_from([0.01, 1.0, 1e3, 1e9]),
+    st.booleans(),
 )
-def test_coefficients_round_trip(seed, components, tokens, size):
-    """Whatever they are, and whatever their classes: nothing is lost."""
+def test_coefficients_round_trip(seed, components, tokens, size, apart):
+    """Whatever they are, and whatever their classes and levels: nothing is lost."""
     rng = np.random.default_rng(seed)
     q = np.rint(rng.standard_t(1.5, (components, tokens)) * size)
     q = np.clip(q, -(2**31) + 1, 2**31 - 1).astype(np.int32)
-    classes = rng.integers(0, CLASSES, components).astype(np.uint8)
+    shape = (components, tokens) if apart else (components,)
+    classes = rng.integers(0, CLASSES, shape).astype(np.uint8)
+    levels = rng.integers(-REACH, REACH + 1, tokens)
     coder = Encoder(tokens)
     known = model()
-    known.push(coder, q, classes)
+    known.push(coder, q, classes, levels)
     words, lengths = coder.finish()
     decoder = Decoder(words, lengths)
-    np.testing.assert_array_equal(known.pull(decoder, classes, tokens), q)
+    np.testing.assert_array_equal(known.pull(decoder, classes, tokens, levels), q)
     decoder.finish()
-    bits = known.bits(q, classes)
+    bits = known.bits(q, classes, levels)
     assert 16 * words.size <= 1.01 * bits + 32 * tokens + 16 * tokens
 
 
@@ -126,6 +133,22 @@ def test_tokens_adapt():
     costs = PRECISION - np.log2(np.take_along_axis(alone, symbol, axis=1))
     static = float(costs.sum()) + 33 * np.sum(symbol == SYMBOLS - 1)
     assert known.bits(loud, classes) < 0.8 * static
+
+
+def test_levels():
+    """Steps follow the root of the importance, and tokens start from what theirs let expect."""
+    importance = np.array([-100, -1.0, -0.24, 0, 0.5, 2, 100])
+    levels = token_levels(importance)
+    np.testing.assert_array_equal(levels, [-REACH, -2, 0, 0, 1, 4, REACH])
+    frequencies = level_frequencies(levels)
+    assert frequencies.min() >= 1
+    assert frequencies.astype(int).sum() == TOTAL
+    rng, size = np.random.default_rng(3), np.geomspace(8, 0.1, 64)
+    usual = rng.laplace(size=(64, 900)) * size[:, None] / np.sqrt(2)
+    known, classes = fit(np.rint(usual).astype(np.int32), classes_of(size)), classes_of(size)
+    fine = np.rint(usual[:, :300] * 2.0 ** (8 / OCTAVE)).astype(np.int32)
+    costs = [known.bits(fine, classes, np.full(300, level)) for level in (0, 8)]
+    assert costs[1] < 0.99 * costs[0]
 
 
 @pytest.mark.parametrize("damage", ["short", "long", "flipped"])

@@ -47,8 +47,9 @@ queries of the scored tokens, mean over the layers. Over bound: coded bits
 above what normal sources of the same covariances need for the same error
 of logits and values."""
 
-CODES = """{name} at {bits:g} bits: codes of {size:.1f} MB belong to the model, {share:.1f} % of its
-{model:.0f} MB in 16 bits; {tokens:,.0f} tokens save as much."""
+CODES = """\
+SpanTransform, {bits:g} bits: its codes, {size:.1f} MB, belong to the model: {share:.1f} % of
+its {model:.0f} MB in 16 bits. {tokens:,.0f} tokens save as much."""
 
 
 @click.command()

@@ -14,7 +14,7 @@ from kvcompress._namespace import Array, Namespace, array_namespace, astype, dev
 from kvcompress.errors import CalibrationError, CodingError, SettingError
 from kvcompress.layer_statistics import HostArray
 from kvcompress.methods.base import Payload
-from kvcompress.spans.code import REST_STEPS, SpanCode
+from kvcompress.spans.code import SpanCode
 from kvcompress.spans.coefficient_model import CLASSES, OCTAVE, REACH, classes_of, token_levels
 from kvcompress.spans.metric import weigh_layer
 from kvcompress.spans.rans import TOTAL, Decoder, Encoder
@@ -25,8 +25,8 @@ BLOCK = 256
 MEAN_FROM = 128
 """Tokens of a sequence from which their mean is kept beside them."""
 
-LANES = 64
-"""Parts of a mean that are coded side by side."""
+LANES = 32
+"""Parts of a row that are coded side by side, where it is coded number by number."""
 
 _PLAIN, _REST, _RAW = range(3)
 """What a token has: coefficients; what they leave, too; or its row as it is, float32."""
@@ -288,15 +288,15 @@ def _encode_means(
     Attention averages over tokens: what all have in common is to be known better, by the root of
     their number, than any of them.
     """
-    count, width = means.shape
+    count = len(means)
     if not count:
         return {"means": np.zeros((0, 2), np.uint8), **_pack(*_NOTHING, "mean_")}, means
     shift = round(math.log2(tokens) / 2)
     q = np.rint(np.clip(means, -_LARGEST_MEAN, _LARGEST_MEAN) * np.float32(2.0**shift))
     usual = classes_of(np.sqrt(np.mean(np.square(q, dtype=np.float64), keepdims=True).ravel()))
-    lanes = np.pad(q, ((0, 0), (0, -width % LANES))).reshape(count * LANES, -1).T
-    coder = Encoder(count * LANES)
-    code.model.push(coder, np.ascontiguousarray(lanes, np.int32), np.repeat(usual, len(lanes)))
+    lanes = _to_lanes(q)
+    coder = Encoder(lanes.shape[1])
+    code.model.push(coder, lanes, np.repeat(usual, len(lanes)))
     header = np.asarray([[shift, usual[0]]], np.uint8)
     return {"means": header, **_pack(*coder.finish(), "mean_")}, q * np.float32(2.0**-shift)
 
@@ -316,9 +316,20 @@ def _decode_means(code: SpanCode, host: Mapping[str, HostArray]) -> HostArray:
     steps = -(-width // LANES)
     q = code.model.pull(coder, np.full(steps, usual, np.uint8), lengths.size)
     coder.finish()
-    rows = np.ascontiguousarray(q.T).reshape(-1, steps * LANES)[:, :width]
-    means: HostArray = rows.astype(np.float32) * np.float32(2.0**-shift)
+    means: HostArray = _from_lanes(q, width).astype(np.float32) * np.float32(2.0**-shift)
     return means
+
+
+def _to_lanes(rows: HostArray) -> HostArray:
+    """Whole numbers ``[rows, width]`` as int32 ``[steps, rows * LANES]``."""
+    count, width = rows.shape
+    padded = np.pad(rows, ((0, 0), (0, -width % LANES)))
+    return np.ascontiguousarray(padded.reshape(count * LANES, -1).T, np.int32)
+
+
+def _from_lanes(lanes: HostArray, width: int) -> HostArray:
+    """Undo `_to_lanes`."""
+    return np.ascontiguousarray(lanes.T).reshape(-1, len(lanes) * LANES)[:, :width]
 
 
 def _factors(levels: HostArray) -> HostArray:
@@ -350,7 +361,7 @@ def _encode_rows(tables: _Forward, z: Array, rows: Array) -> tuple[HostArray, Ho
         rest = xp.take(z, index, axis=0) - xp.take(restored, index, axis=0) @ back.matrix
         far = np.flatnonzero(to_host(xp.vecdot(rest, rest)) > code.limit[0])
         rest = xp.take(rest, xp.asarray(far, device=where), axis=0)
-        words = _rest_words(code, xp.round(rest * REST_STEPS))
+        words = _rest_words(code, xp.round(rest))
         tail = dict(zip(near[far].tolist(), words, strict=True))
         for row, more in tail.items():
             mode[row] = _RAW if more.size > 2 * code.span.width else _REST
@@ -374,14 +385,29 @@ def _intervals(frequencies: HostArray) -> tuple[HostArray, HostArray]:
 
 
 def _rest_words(code: SpanCode, rest: Array) -> list[HostArray]:
-    """Words of what coefficients leave of rows."""
-    if not rest.shape[0]:
+    """Words of what coefficients leave of rows: lengths of their lanes, and these."""
+    count = rest.shape[0]
+    if not count:
         return []
-    q = np.ascontiguousarray(to_host(astype(rest, "int32")).T)
-    coder = Encoder(q.shape[1])
-    code.model.push(coder, q, code.residual_classes)
+    coder = Encoder(count * LANES)
+    classes = np.broadcast_to(code.residual_classes, (count, code.span.width))
+    code.model.push(coder, _to_lanes(to_host(astype(rest, "int32"))), _to_lanes(classes))
     words, lengths = coder.finish()
-    return np.split(words, np.cumsum(lengths)[:-1])
+    of_rows = lengths.reshape(count, LANES).astype(np.uint16)
+    pieces = np.split(words, np.cumsum(of_rows.sum(1, dtype=np.int64))[:-1])
+    return [np.concatenate(pair) for pair in zip(of_rows, pieces, strict=True)]
+
+
+def _pull_rest(code: SpanCode, pieces: Sequence[HostArray]) -> HostArray:
+    """Undo `_rest_words`."""
+    lengths = np.concatenate([piece[:LANES] for piece in pieces]).astype(np.int64)
+    if lengths.size != len(pieces) * LANES:
+        raise CodingError("the rest of a row is too short: damaged?")
+    classes = np.broadcast_to(code.residual_classes, (len(pieces), code.span.width))
+    coder = Decoder(np.concatenate([piece[LANES:] for piece in pieces]), lengths)
+    q = code.model.pull(coder, _to_lanes(classes), lengths.size)
+    coder.finish()
+    return _from_lanes(q, code.span.width)
 
 
 def _append(
@@ -416,10 +442,7 @@ def _decode_rows(
     far = special[mode[special] == _REST]
     if far.size:
         pieces = [words for row, words in zip(special, tail, strict=True) if mode[row] == _REST]
-        rest = Decoder(np.concatenate(pieces), np.array([len(piece) for piece in pieces]))
-        more[far] = code.model.pull(rest, code.residual_classes, far.size).T / REST_STEPS
-        more[far] *= _factors(-levels[far])
-        rest.finish()
+        more[far] = _pull_rest(code, pieces) * _factors(-levels[far])
     for row, words in zip(special, tail, strict=True):
         if mode[row] == _RAW:
             if words.size != 2 * width:

@@ -26,10 +26,6 @@ bytes; others are nibbles."""
 CLIP = 2.6
 """Magnitude of a nibble, over the root mean square of a row: as small an error as one can have."""
 
-REST_STEPS = 2
-"""Steps, to one of the coefficients, of what they leave of a token: it is spread over all numbers,
-which then have no larger error together than the coefficients of other tokens."""
-
 
 @dataclass(frozen=True, eq=False)
 class SpanCode:
@@ -61,7 +57,8 @@ class SpanCode:
     classes : array ``[components]``, uint8
         Of every component; see `CoefficientModel`.
     residual_classes : array ``[width]``, uint8
-        Of what the components leave of every number, for tokens of which they leave too much.
+        Of what the components leave of every number, in steps, for tokens of which they leave too
+        much.
     limit : array ``[1]``, float32
         Squared error, in steps, beyond which the rest of a token is coded too.
     rounding : array ``[CLASSES]``, float32

@@ -96,7 +96,7 @@ class CoefficientModel:
         coder : Encoder
             Of as many lanes as there are tokens.
         q : int32 array ``[components, tokens]``
-        classes : integer array ``[components]``
+        classes : integer array ``[components]`` or ``[components, tokens]``
         levels : integer array ``[tokens]``, optional
             From `token_levels`; zero if left out.
         """
@@ -148,7 +148,9 @@ class CoefficientModel:
 
         return self._walk(visit, classes, _starts(levels, tokens))
 
-    def histogram(self, q: HostArray, classes: HostArray, levels: HostArray) -> HostArray:
+    def histogram(
+        self, q: HostArray, classes: HostArray, levels: HostArray | None = None
+    ) -> HostArray:
         """How often every symbol comes, ``[CLASSES, SYMBOLS]``, in coefficients as for `push`."""
         counts = np.zeros(CLASSES * SYMBOLS, np.int64)
 
@@ -162,7 +164,7 @@ class CoefficientModel:
         self._walk(visit, classes, _starts(levels, q.shape[1]))
         return counts.reshape(CLASSES, SYMBOLS)
 
-    def bits(self, q: HostArray, classes: HostArray, levels: HostArray) -> float:
+    def bits(self, q: HostArray, classes: HostArray, levels: HostArray | None = None) -> float:
         """Bits that the tables say coefficients cost: what `push` comes close to."""
         counts = self.histogram(q, classes, levels)
         costs = PRECISION - np.log2(self.frequencies.astype(np.float64))
@@ -178,17 +180,18 @@ class CoefficientModel:
         expected = np.full(tokens, _SCALE)
         for start in range(0, len(classes), GROUP):
             base = classes[start : start + GROUP].astype(np.int64)
+            base = base[:, None] if base.ndim == 1 else base
             move = np.searchsorted(self.thresholds, seen * _SCALE // expected, side="right") - DOWN
-            moved = np.clip(base[:, None] + move, 0, CLASSES - 1)
+            moved = np.clip(base + move, 0, CLASSES - 1)
             total = np.zeros(tokens, np.int64)
             for i, cls in enumerate(moved, start):
                 rows[i] = visit(i, cls)
                 total += np.minimum(np.abs(rows[i].astype(np.int64)), _MOST)
             # Groups of which little is expected say little.
-            usual = int(self.magnitudes[base].sum())
-            weight = _SCALE // max(usual, _UNIT)
-            seen += total * (_UNIT * weight) - seen // _MEMORY
-            expected += usual * weight - expected // _MEMORY
+            usual = self.magnitudes[base].sum(0)
+            weight = _SCALE // np.maximum(usual, _UNIT)
+            seen = seen + total * (_UNIT * weight) - seen // _MEMORY
+            expected = expected + usual * weight - expected // _MEMORY
         return rows
 
     @cached_property
@@ -262,7 +265,7 @@ def _starts(levels: HostArray | None, tokens: int) -> HostArray:
     return starts
 
 
-def fit(q: HostArray, classes: HostArray, levels: HostArray) -> CoefficientModel:
+def fit(q: HostArray, classes: HostArray, levels: HostArray | None = None) -> CoefficientModel:
     """Train tables on coefficients.
 
     Parameters
@@ -270,8 +273,8 @@ def fit(q: HostArray, classes: HostArray, levels: HostArray) -> CoefficientModel
     q : int32 array ``[components, tokens]``
     classes : array ``[components]``
         From `classes_of`.
-    levels : array ``[tokens]``
-        From `token_levels`.
+    levels : array ``[tokens]``, optional
+        From `token_levels`; zero if left out.
     """
     size = 2.0 ** (np.arange(CLASSES) / OCTAVE + SMALLEST)
     prior = _laplace(size)

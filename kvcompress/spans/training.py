@@ -9,7 +9,7 @@ import numpy as np
 
 from kvcompress.errors import SettingError
 from kvcompress.layer_statistics import HostArray
-from kvcompress.spans.code import REST_STEPS, SpanCode, store_basis
+from kvcompress.spans.code import SpanCode, store_basis
 from kvcompress.spans.coefficient_model import (
     CLASSES,
     OCTAVE,
@@ -33,7 +33,7 @@ SHARE = 0.5
 LEAST = 0.2
 """Root mean square, in steps, of the components that are kept."""
 
-LIMIT = 4.0
+LIMIT = 12.0
 """Squared error of a token, over the mean, from which its rest is coded too."""
 
 TOLERANCE = 0.01
@@ -255,7 +255,7 @@ def _code(span: Span, bits: float, basis: SpanBasis, rows: HostArray, trial: _Tr
         importance=importance.astype(np.float32),
         level_frequencies=level_frequencies(trial.levels),
         classes=classes,
-        residual_classes=classes_of(REST_STEPS * sizes),
+        residual_classes=classes_of(sizes),
         limit=np.asarray([LIMIT * error], np.float32),
         rounding=trial.rounding,
         centres=centres,
