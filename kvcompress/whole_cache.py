@@ -81,40 +81,53 @@ def decompress_span(
     xp, where = array_namespace(like), device(like)
     batch, _, count, _ = part.shapes[0][0]
     first, last, _ = tokens.indices(count)
+    if not batch:
+        shapes = [[(0, s[1], max(0, last - first), s[3]) for s in part.shapes[i]] for i in layers]
+        empty = [[xp.zeros(s, dtype=like.dtype, device=where) for s in pair] for pair in shapes]
+        return [(k, v) for k, v in empty]
     window = like.shape[2] - part.sinks
     sinks, end = part.sinks, count - window
     low, high = (min(max(i, sinks), end) for i in (first, max(first, last)))
-    coded = end - sinks
-    rows = np.arange(batch)[:, None] * coded + np.arange(low, high) - sinks
-    restored = span_transform.decode(code, part.payload, rows.ravel(), layers)
     if isinstance(part.positions, int):
         positions = part.positions + np.arange(count)
     else:
         positions = to_host(part.positions)
     place = xp.asarray(positions[low:high].astype(np.int32), device=where)
+    # Cast block by block: all in float32 would take twice the memory of what is returned.
+    pieces: list[tuple[list[list[Array]], ...]] = [
+        tuple([[] for _ in range(batch)] for _ in range(2)) for _ in layers
+    ]
+    for b in range(batch):
+        rows, at = b * (end - sinks) + np.arange(low, high) - sinks, 0
+        for block in span_transform.decode(code, part.payload, rows, layers):
+            for layer, x, of_layer in zip(layers, block, pieces, strict=True):
+                cut = place[at : at + x.shape[0]]
+                pair = code.span.split(x, cut, batch=1, layer=layer, seq_len=_length(positions))
+                for of_role, y in zip(of_layer, pair, strict=True):
+                    of_role[b].append(narrow(y, part.dtype))
+            at += span_transform.BLOCK
+    lead = slice(min(first, sinks), min(last, sinks))
+    tail = slice(*(max(i, end) - end + sinks for i in (first, last)))
     result = []
-    for layer, x in zip(layers, restored, strict=True):
-        pair = code.span.split(x, place, batch=batch, layer=layer, seq_len=_length(positions))
-        exact = part.exact[layer]
-        result.append(
-            (
-                _between(pair[0], exact[0], part, (first, last), end),
-                _between(pair[1], exact[1], part, (first, last), end),
-            )
+    for layer, of_layer in zip(layers, pieces, strict=True):
+        k, v = (
+            _joined(x[:, :, lead, :], of_role, x[:, :, tail, :])
+            for x, of_role in zip(part.exact[layer], of_layer, strict=True)
         )
+        result.append((k, v))
+        for of_role in of_layer:
+            of_role.clear()
     return result
 
 
-def _between(
-    x: Array, exact: Array, part: CompressedSpan, tokens: tuple[int, int], end: int
-) -> Array:
-    """Tokens of a layer: sinks, what was decoded, the window."""
-    xp = array_namespace(x)
-    first, last = tokens
-    lead = exact[:, :, min(first, part.sinks) : min(last, part.sinks), :]
-    after = (max(i, end) - end + part.sinks for i in (first, last))
-    tail = exact[:, :, slice(*after), :]
-    return xp.concat([lead, narrow(x, part.dtype), tail], axis=2)
+def _joined(lead: Array, blocks: Sequence[Sequence[Array]], tail: Array) -> Array:
+    """Tokens of a layer: exact ones around the blocks decoded of every sequence."""
+    xp = array_namespace(lead)
+    whole = [
+        xp.concat([lead[b : b + 1, ...], *middle, tail[b : b + 1, ...]], axis=2)
+        for b, middle in enumerate(blocks)
+    ]
+    return xp.concat(whole, axis=0) if len(whole) > 1 else whole[0]
 
 
 def positions_of(counts: Sequence[int], positions: Array | None) -> list[HostArray]:

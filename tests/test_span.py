@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 from dataclasses import fields, replace
 
 import numpy as np
@@ -142,6 +143,28 @@ def test_parts_across_blocks(code):
     for cut in (slice(BLOCK - 3, BLOCK + 20), slice(-20, None), slice(2, 6)):
         part, _ = compressor.decompress_cache(compressed, layers=[1], tokens=cut)
         np.testing.assert_allclose(part[0], whole[1][:, :, cut], rtol=1e-4, atol=1e-5)
+
+
+def test_memory():
+    """Beyond what goes in and comes out, four blocks of rows: the same for any length."""
+    span = Span((0, 1), (SpanLayer(8, 16, 16, RoPE(16, 100.0)),) * 2)
+    known = SpanStatistics(span, rows=300, skip=0)
+    known.update(*make(600, 1, span=span))
+    compressor = KVCacheCompressor(SpanTransform(train_span(known, 0.3)))
+    block = 4 * BLOCK * span.width
+    keys, values = ([x.astype("float16") for x in xs] for xs in make(20 * BLOCK, 2, span=span))
+    compressor.decompress_cache(compressor.compress_cache(keys, values))
+    tracemalloc.start()
+    try:
+        compressed = compressor.compress_cache(keys, values)
+        assert tracemalloc.get_traced_memory()[1] - compressed.nbytes < 4 * block
+        tracemalloc.reset_peak()
+        restored = compressor.decompress_cache(compressed)
+        peak = tracemalloc.get_traced_memory()[1] - compressed.nbytes
+        layer = restored[0][0].nbytes + restored[1][0].nbytes
+        assert peak - sum(x.nbytes for xs in restored for x in xs) - layer < 4 * block
+    finally:
+        tracemalloc.stop()
 
 
 def test_bytes(code):

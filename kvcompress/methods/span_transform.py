@@ -133,29 +133,30 @@ def encode(
     def blocks(b: int) -> Iterator[Array]:
         for start in range(0, tokens, BLOCK):
             cut = slice(start, min(start + BLOCK, tokens))
-            rows = code.span.join(
+            yield code.span.join(
                 [k[b : b + 1, :, cut, :] for k in keys],
                 [v[b : b + 1, :, cut, :] for v in values],
                 positions[cut],
                 seq_len=seq_len,
             )
-            yield _weighed(tables, rows), rows
 
     means = np.zeros((batch if tokens >= MEAN_FROM else 0, code.span.width), np.float32)
     for b, mean in enumerate(means):
-        mean[:] = _mean(z for z, _ in blocks(b))
+        mean[:] = _mean(tables, blocks(b))
     packed, restored = _encode_means(code, means, tokens)
     parts = [_NOTHING]
     for b in range(batch):
         mean = xp.asarray(restored[b], device=device(like)) if len(means) else 0.0
-        parts += [_encode_rows(tables, z - mean, rows) for z, rows in blocks(b)]
+        parts += [_encode_rows(tables, rows, mean) for rows in blocks(b)]
     words, lengths = (np.concatenate(part) for part in zip(*parts, strict=True))
     packed |= _pack(words, lengths)
     return {name: xp.asarray(x, device=device(like)) for name, x in packed.items()}
 
 
-def decode(code: SpanCode, payload: Payload, rows: HostArray, layers: Sequence[int]) -> list[Array]:
-    """Rows of the token numbers `rows`, ``[rows, width of the layer]``, of layers of the span.
+def decode(
+    code: SpanCode, payload: Payload, rows: HostArray, layers: Sequence[int]
+) -> Iterator[list[Array]]:
+    """Rows of the token numbers `rows`, `BLOCK` at a time: ``[rows, width]`` for each of `layers`.
 
     Raises
     ------
@@ -169,23 +170,13 @@ def decode(code: SpanCode, payload: Payload, rows: HostArray, layers: Sequence[i
     xp, where = array_namespace(like), device(like)
     tables = _backward(code, xp, where)
     means = _decode_means(code, host) if rows.size else np.zeros((0, code.span.width), np.float32)
-    of_mean = rows * len(means) // max(lengths.size, 1)
-    columns = [code.span.columns[layer] for layer in layers]
-    blocks: list[list[Array]] = [[] for _ in layers]
     for start in range(0, len(rows), BLOCK):
         these = rows[start : start + BLOCK]
         wanted = [words[ends[i] - lengths[i] : ends[i]] for i in these]
         decoder = Decoder(np.concatenate(wanted), lengths[these])
-        mean = xp.asarray(means[of_mean[start : start + BLOCK]], device=where) if len(means) else 0
-        restored = _decode_rows(tables, decoder, mean, len(these), layers)
-        for block, part in zip(blocks, restored, strict=True):
-            block.append(part)
-    return [
-        xp.concat(block)
-        if block
-        else xp.zeros((0, c.stop - c.start), dtype=xp.float32, device=where)
-        for block, c in zip(blocks, columns, strict=True)
-    ]
+        of_mean = these * len(means) // lengths.size
+        mean = xp.asarray(means[of_mean], device=where) if len(means) else 0
+        yield _decode_rows(tables, decoder, mean, len(these), layers)
 
 
 def _pack(words: HostArray, lengths: HostArray, prefix: str = "") -> dict[str, HostArray]:
@@ -259,25 +250,33 @@ def _forward(code: SpanCode, xp: Namespace, where: Any) -> _Forward:
 def _weighed(tables: _Forward, rows: Array) -> Array:
     """Rows less the mean of the calibration, weighed, in steps."""
     xp, span = array_namespace(rows), tables.backward.code.span
-    z = xp.clip(rows, -_CLIPPED, _CLIPPED) - tables.mean
-    pairs = zip(span.columns, tables.metric, strict=True)
-    return xp.concat([weigh_layer(z[:, c], matrices) for c, matrices in pairs], axis=1)
+    parts = [
+        weigh_layer(xp.clip(rows[:, c], -_CLIPPED, _CLIPPED) - tables.mean[c], matrices)
+        for c, matrices in zip(span.columns, tables.metric, strict=True)
+    ]
+    return xp.concat(parts, axis=1)
 
 
-def _mean(blocks: Iterator[Array]) -> HostArray:
-    """Mean of rows, but for those far larger than usual among the first, which are another kind."""
+def _mean(tables: _Forward, blocks: Iterator[Array]) -> HostArray:
+    """Mean of rows, weighed; but for those far larger than usual among the first: another kind."""
     total, count, most = np.zeros(1), 0, -1.0
-    for z in blocks:
-        xp = array_namespace(z)
-        power = to_host(xp.vecdot(z, z))
-        if most < 0:
-            most = _FAR * float(np.median(power))
-        keep = power <= most
-        count += int(keep.sum())
-        weights = xp.asarray(keep.astype(np.float32), device=device(z))
-        total = total + to_host(weights @ xp.where(weights[:, None] > 0, z, 0.0))
+    for rows in blocks:
+        block, kept, most = _sum(_weighed(tables, rows), most)
+        total, count = total + block, count + kept
     mean: HostArray = (total / max(count, 1)).astype(np.float32)
     return mean
+
+
+def _sum(z: Array, most: float) -> tuple[HostArray, int, float]:
+    """Sum of rows of at most so much power, their number, and that power: usual if negative."""
+    xp = array_namespace(z)
+    power = to_host(xp.vecdot(z, z))
+    if most < 0:
+        most = _FAR * float(np.median(power))
+    keep = power <= most
+    if not keep.all():
+        z = xp.where(xp.asarray(keep[:, None], device=device(z)), z, 0.0)
+    return to_host(xp.sum(z, axis=0)), int(keep.sum()), most
 
 
 def _encode_means(
@@ -338,27 +337,43 @@ def _factors(levels: HostArray) -> HostArray:
     return factors
 
 
-def _encode_rows(tables: _Forward, z: Array, rows: Array) -> tuple[HostArray, HostArray]:
-    """Words of weighed rows, and how many each has."""
+def _encode_rows(tables: _Forward, rows: Array, mean: Array | float) -> tuple[HostArray, HostArray]:
+    """Words of rows, less the mean of their sequence in steps, and how many each has."""
+    code = tables.backward.code
+    q, levels, mode, tail = _quantize(tables, rows, mean)
+    coder = Encoder(len(mode))
+    coder.push(_STARTS[mode], _FREQUENCIES[mode])
+    coder.push(*(table[levels + REACH] for table in _intervals(code.level_frequencies)))
+    code.model.push(coder, q, code.classes, levels)
+    return _append(*coder.finish(), tail)
+
+
+def _quantize(
+    tables: _Forward, rows: Array, mean: Array | float
+) -> tuple[HostArray, HostArray, HostArray, dict[int, HostArray]]:
+    """Coefficients ``[components, rows]``, levels and modes of rows, and words of their rests."""
     xp, back, where = array_namespace(rows), tables.backward, device(rows)
     code = back.code
+    z = _weighed(tables, rows) - mean
     huge = ~xp.all(xp.abs(z) < _LARGEST, axis=1)
-    z = xp.where(huge[:, None], 0.0, z)
+    if bool(xp.any(huge)):
+        z = xp.where(huge[:, None], 0.0, z)
     y = z @ tables.matrix
     levels = token_levels(to_host(y[:, : tables.importance.shape[0]] @ tables.importance))
     factors = xp.asarray(_factors(levels), device=where)
-    z, y = z * factors, y * factors
-    magnitude = xp.floor(xp.abs(y) + (1 - tables.thresholds))
-    q = xp.where(y < 0, -magnitude, magnitude)
+    y = y * factors
+    q = _rounded(y, tables.thresholds)
     restored = _magnitudes(q, back.centres)
-    missed, power = y - restored, xp.vecdot(y, y)
-    error = xp.vecdot(z, z) - power + xp.vecdot(missed, missed)
+    whole, power = xp.vecdot(z, z) * factors[:, 0] ** 2, xp.vecdot(y, y)
+    y = y - restored
+    error = whole - power + xp.vecdot(y, y)
     mode = np.where(to_host(huge), _RAW, _PLAIN)
     near = np.flatnonzero(to_host(error + _OBLIQUE * power) > code.limit[0])
     tail: dict[int, HostArray] = {}
     if near.size:
         index = xp.asarray(near, device=where)
-        rest = xp.take(z, index, axis=0) - xp.take(restored, index, axis=0) @ back.matrix
+        rest = xp.take(z, index, axis=0) * xp.take(factors, index, axis=0)
+        rest = rest - xp.take(restored, index, axis=0) @ back.matrix
         far = np.flatnonzero(to_host(xp.vecdot(rest, rest)) > code.limit[0])
         rest = xp.take(rest, xp.asarray(far, device=where), axis=0)
         words = _rest_words(code, xp.round(rest))
@@ -371,11 +386,7 @@ def _encode_rows(tables: _Forward, z: Array, rows: Array) -> tuple[HostArray, Ho
         host[:, raw] = 0
         kept = to_host(xp.take(rows, xp.asarray(raw, device=where), axis=0))
         tail |= dict(zip(raw.tolist(), kept.astype("<f4").view("<u2"), strict=True))
-    coder = Encoder(len(mode))
-    coder.push(_STARTS[mode], _FREQUENCIES[mode])
-    coder.push(*(table[levels + REACH] for table in _intervals(code.level_frequencies)))
-    code.model.push(coder, host, code.classes, levels)
-    return _append(*coder.finish(), tail)
+    return host, levels, mode, tail
 
 
 def _intervals(frequencies: HostArray) -> tuple[HostArray, HostArray]:
@@ -470,10 +481,14 @@ def _symbol(coder: Decoder, starts: HostArray, frequencies: HostArray) -> HostAr
     return symbol
 
 
+def _rounded(y: Array, thresholds: Array) -> Array:
+    """Whole numbers, float32: away from zero from these fractions on."""
+    xp = array_namespace(y)
+    return xp.sign(y) * xp.floor(xp.abs(y) + (1 - thresholds))
+
+
 def _magnitudes(q: Array, centres: tuple[Array, Array]) -> Array:
     """Coefficients, in steps, that whole numbers ``[rows, components]``, float32, stand for."""
     xp = array_namespace(q)
-    one, more = centres
     magnitude = xp.abs(q)
-    magnitude = magnitude - xp.where(magnitude == 1, one, xp.where(magnitude > 1, more, 0.0 * more))
-    return xp.where(q < 0, -magnitude, magnitude)
+    return xp.sign(q) * (magnitude - xp.where(magnitude == 1, *centres))
