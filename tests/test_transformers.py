@@ -32,6 +32,7 @@ from transformers import (
 from kvcompress import Calibration, ShapeError, SpanCalibration
 from kvcompress.cli.app import app
 from kvcompress.errors import UnsupportedModel
+from kvcompress.integrations.fisher import cache_gradients, draw
 from kvcompress.integrations.transformers import (
     Continuation,
     LanguageModel,
@@ -499,6 +500,49 @@ def test_spans(kind, text, tmp_path):
     assert "needs --spans" in error(
         "evaluate", model, "--text", text, *EVALUATE, "--methods", "SpanTransform"
     )
+
+
+@pytest.mark.parametrize("kind", [llama, gemma3], ids=lambda f: f.__name__)
+def test_gradients_by_a_cache(kind, tmp_path):
+    """Slopes of the log-likelihood when one number of the cache moves, and no other with it."""
+    torch.manual_seed(0)
+    kind().save_pretrained(tmp_path)
+    make_tokenizer(bos=True).save_pretrained(tmp_path)
+    lm = load_model(tmp_path)
+    tokens = np.random.default_rng(0).integers(3, 60, 64)
+    found = cache_gradients(lm, tokens, seed=5)
+    assert all(x.requires_grad for x in lm.model.parameters())
+    assert all(x.grad is None for x in lm.model.parameters())
+    text = torch.as_tensor(tokens)[None]
+    with torch.no_grad():
+        cache = lm.model.base_model(text[:, :48], use_cache=True).past_key_values
+        kv = cached_kv(cache)
+        logits = lm.model(text[:, 48:], past_key_values=replace_kv(cache, kv)).logits[0]
+        drawn = draw(logits, 5)
+
+    def loss(layer, role, place, move):
+        moved = {i: [x.clone() for x in pair] for i, pair in kv.items()}
+        moved[layer][role][place] += move
+        with torch.no_grad():
+            logits = lm.model(text[:, 48:], past_key_values=replace_kv(cache, moved)).logits[0]
+        return float(torch.nn.functional.cross_entropy(logits.double(), drawn, reduction="sum"))
+
+    for layer, pair in found.items():
+        for role, gradient in enumerate(pair):
+            held = kv[layer][role].shape[2]
+            first = 48 - held
+            assert gradient.shape[2] == 64
+            assert not gradient[:, :, :first].any()
+            assert not gradient[:, :, 44:].any()
+            assert gradient[:, :, first:44].any()
+            at = int(gradient.abs().argmax())
+            place = list(np.unravel_index(at, gradient.shape))
+            slope = float(gradient.flatten()[at])
+            place[2] -= first
+            # Far from where a difference of float32 losses is noise.
+            move = 0.02 / abs(slope) ** 0.5
+            ends = [loss(layer, role, tuple(place), sign * move) for sign in (1, -1)]
+            assert (ends[0] - ends[1]) / (2 * move) == pytest.approx(slope, rel=0.05, abs=1e-4)
 
 
 def test_evaluate_table(directory, text):

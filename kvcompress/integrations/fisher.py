@@ -57,17 +57,21 @@ def cache_gradients(
     with torch.enable_grad():
         held = replace_kv(cache, leaves)
         logits = lm.model(text[:, read:], past_key_values=held, use_cache=True).logits[0].float()
-        with torch.no_grad():
-            noise = np.random.default_rng(seed).random((len(logits), 1), np.float32)
-            below = torch.cumsum(torch.softmax(logits, -1), -1)
-            drawn = torch.searchsorted(below, torch.as_tensor(noise, device=below.device))
-            drawn = drawn.clamp(max=logits.shape[-1] - 1)[:, 0]
+        drawn = draw(logits.detach(), seed)
         loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
         flat = torch.autograd.grad(loss, [x for pair in leaves.values() for x in pair])
     found = {}
     for layer, pair in zip(leaves, zip(flat[::2], flat[1::2], strict=True), strict=True):
         found[layer] = tuple(_whole(x, len(tokens), read, recent) for x in pair)
     return found
+
+
+def draw(logits: Tensor, seed: int) -> Tensor:
+    """Draw a token of each of the distributions that logits ``[tokens, vocabulary]`` stand for."""
+    noise = np.random.default_rng(seed).random((len(logits), 1), np.float32)
+    below = torch.cumsum(torch.softmax(logits, -1), -1)
+    drawn = torch.searchsorted(below, torch.as_tensor(noise, device=below.device))
+    return drawn.clamp(max=logits.shape[-1] - 1)[:, 0]
 
 
 def _whole(gradient: Tensor, tokens: int, read: int, recent: int) -> Tensor:
