@@ -19,7 +19,7 @@ import torch
 from matplotlib.figure import Figure
 from measure import DOCS, HERE, TEXTS, store, weights
 
-from kvcompress import Calibration, KVCacheCompressor, SpanCalibration, plan
+from kvcompress import Calibration, KVCacheCompressor, SpanCalibration, SpanTransform, plan
 from kvcompress.cli.scoring import Row, Tally, result, score
 from kvcompress.integrations.transformers import Continuation, load_model
 from kvcompress.spans.training import span_basis, train_span
@@ -38,13 +38,17 @@ def main() -> None:
     lm = load_model(weights())
     found = json.loads((HERE / "spans.json").read_text())
     layers = json.loads((HERE / "calibrated.json").read_text())
-    facts = {"head": heads(lm, calibration), "times": times(lm, spans)}
+    (statistics,) = spans.statistics
+    basis = span_basis(statistics, components=statistics.span.width // 2)
+    codes = {bits: train_span(statistics, bits, basis=basis) for bits in RATES}
+    facts = {"head": heads(lm, calibration), "times": times(lm, codes)}
     store("half_a_bit", facts)
-    spectra(spans)
-    components(spans)
+    spectra(statistics, basis)
+    components(codes)
     curves(facts["head"], layers, found)
-    print(equal_quality(layers, found))
-    print(json.dumps(facts["times"], indent=1))
+    page = DOCS / "half-a-bit.md"
+    fill(page, "equal", equal_quality(layers, found))
+    fill(page, "times", times_table(facts["times"]))
 
 
 def heads(lm, calibration) -> list[dict]:
@@ -66,12 +70,13 @@ def heads(lm, calibration) -> list[dict]:
     return texts
 
 
-def times(lm, spans) -> dict:
+def times(lm, codes) -> dict:
     """Seconds of a prefill, and of compressing and restoring its cache, in turn; medians."""
     tokens = lm.chunks(TEXTS[0].read_text(), PREFIX + 2)[0]
     seconds: dict[str, list[float]] = {}
     compressors = {
-        bits: KVCacheCompressor(spans.train(bits), sinks=4, window=128) for bits in RATES
+        bits: KVCacheCompressor(SpanTransform(code), sinks=4, window=128)
+        for bits, code in codes.items()
     }
     sizes = {}
     for turn in range(6):
@@ -104,11 +109,10 @@ def prefill(lm, tokens) -> None:
         lm.model.base_model(torch.as_tensor(tokens[None, :PREFIX]), use_cache=True)
 
 
-def spectra(spans) -> None:
+def spectra(statistics, basis) -> None:
     """Draw how fast the variances of components fall, if channels are taken together."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    (statistics,) = spans.statistics
     covariance = statistics.metric.sandwich(statistics.covariance())
     parts = {"head": [], "layer": []}
     for shape, columns in zip(statistics.span.shapes, statistics.span.columns, strict=True):
@@ -125,7 +129,7 @@ def spectra(spans) -> None:
     }
     total = float(np.trace(covariance))
     del covariance
-    found["model"] = span_basis(statistics, components=statistics.span.width // 2).variances
+    found["model"] = basis.variances
     for name, variances in found.items():
         falling = np.sort(variances)[::-1]
         left = 1 - np.cumsum(falling, dtype=np.float64) / total
@@ -140,21 +144,18 @@ def spectra(spans) -> None:
     save(figure, axes, "half-a-bit-spectrum.png")
 
 
-def components(spans) -> None:
+def components(codes) -> None:
     """Draw what every component of a token costs."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
-    (statistics,) = spans.statistics
-    basis = span_basis(statistics, components=statistics.span.width // 2)
     colors = ("#56B4E9", "#0072B2", "#CC79A7")
-    for bits, color in zip(RATES, colors, strict=True):
-        code = train_span(statistics, bits, basis=basis)
+    for (bits, code), color in zip(codes.items(), colors, strict=True):
         frequencies = code.frequencies.astype(np.float64) / 2**15
         entropy = -np.sum(frequencies * np.log2(frequencies), axis=1)
         cost = entropy[code.classes]
         axes.plot(1 + np.arange(len(cost)), cost, color=color, label=f"{bits:g} bits a value")
     axes.set_xscale("log")
-    axes.set_xlabel(f"component, of {statistics.span.width:,}")
+    axes.set_xlabel(f"component, of {code.span.width:,}")
     axes.set_ylabel("bits a token, of usual tokens")
     axes.legend(frameon=False)
     save(figure, axes, "half-a-bit-components.png")
@@ -221,6 +222,24 @@ def at(line: list[tuple[float, float]], kl: float) -> float:
     """Bits at which a line from many to few nats crosses a divergence; NaN where it does not."""
     bits, logs = (np.array(x) for x in zip(*((b, -math.log(k)) for b, k in line), strict=True))
     return float(np.interp(-math.log(kl), logs, bits, left=math.nan, right=math.nan))
+
+
+def times_table(facts: dict) -> str:
+    """Seconds beside the prefill's, and sizes beside the model's, as a table."""
+    seconds, prefill = facts["seconds"], facts["seconds"]["prefill"]
+    lines = ["bits | compress | restore | codes, MB | of the model", "--|" * 4 + "--"]
+    for bits, size in facts["code_megabytes"].items():
+        shares = (f"{seconds[f'{what} {bits}'] / prefill:.2f}" for what in ("compress", "restore"))
+        part = 100 * size / facts["model_megabytes"]
+        lines.append(f"{bits} | " + " | ".join(shares) + f" | {size:.1f} | {part:.1f} %")
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def fill(page: Path, name: str, content: str) -> None:
+    """Write a table into a page, between its marks."""
+    before, mark, after = page.read_text().partition(f"<!-- {name} -->\n")
+    _, end, rest = after.partition("<!-- end -->")
+    page.write_text(f"{before}{mark}{content}\n{end}{rest}")
 
 
 if __name__ == "__main__":
