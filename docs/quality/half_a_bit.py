@@ -22,6 +22,7 @@ from measure import DOCS, HERE, TEXTS, store, weights
 from kvcompress import Calibration, KVCacheCompressor, SpanCalibration, SpanTransform, plan
 from kvcompress.cli.scoring import Row, Tally, result, score
 from kvcompress.integrations.transformers import Continuation, load_model
+from kvcompress.spans.coefficient_model import LOW_BITS
 from kvcompress.spans.training import span_basis, train_span
 
 PREFIX, SCORED = 1536, 512
@@ -152,7 +153,7 @@ def components(codes) -> None:
     for (bits, code), color in zip(codes.items(), colors, strict=True):
         frequencies = code.frequencies.astype(np.float64) / 2**15
         entropy = -np.sum(frequencies * np.log2(frequencies), axis=1)
-        cost = entropy[code.classes]
+        cost = (entropy + LOW_BITS)[code.classes]
         axes.plot(1 + np.arange(len(cost)), cost, color=color, label=f"{bits:g} bits a value")
     axes.set_xscale("log")
     axes.set_xlabel(f"component, of {code.span.width:,}")
@@ -210,7 +211,7 @@ def equal_quality(layers: dict, model: dict) -> str:
     for i, path in enumerate(TEXTS):
         for bits, kl in points(model, i, "SpanTransform"):
             row = [at(sorted(points(layers, i, name)), kl) for name in others]
-            if all(math.isnan(x) for x in row):
+            if math.isnan(row[0]):  # the best of them was not measured there
                 continue
             cells = ["" if math.isnan(x) else f"{x:.2f}" for x in row]
             cells.append(f"{np.nanmin(row) / bits:.1f}x")

@@ -19,7 +19,7 @@ from kvcompress.spans.rans import Decoder
 from kvcompress.spans.rows import decode_rows, encode_rows
 from kvcompress.spans.tables import backward_tables, forward_tables
 
-BLOCK = 256
+BLOCK = 512
 """Rows in work at a time."""
 
 

@@ -57,7 +57,7 @@ _MEMORY = 8
 _MOST = 1 << 15
 """Magnitudes that count as this where tokens are compared."""
 
-_LOW_BITS = np.maximum(0, (np.arange(CLASSES) // OCTAVE + SMALLEST - 2)).astype(np.int32)
+LOW_BITS = np.maximum(0, (np.arange(CLASSES) // OCTAVE + SMALLEST - 2)).astype(np.int32)
 """Bits of the coefficients of every class that are as good as random, and coded as such."""
 
 _PRIOR = 30
@@ -103,7 +103,7 @@ class CoefficientModel:
 
         def visit(component: int, cls: HostArray) -> HostArray:
             row: HostArray = q[component]
-            bits = _LOW_BITS[cls]
+            bits = LOW_BITS[cls]
             high = row >> bits
             plain = np.abs(high) <= LARGEST
             symbol = np.where(plain, high + LARGEST, SYMBOLS - 1)
@@ -141,7 +141,7 @@ class CoefficientModel:
             escaped = symbol == SYMBOLS - 1
             if escaped.any():
                 high = np.where(escaped, _pull_raw(coder, escaped), high)
-            bits = _LOW_BITS[cls]
+            bits = LOW_BITS[cls]
             if bits.any():
                 high = (high << bits) + coder.bits(bits)
             return high
@@ -156,7 +156,7 @@ class CoefficientModel:
 
         def visit(component: int, cls: HostArray) -> HostArray:
             row: HostArray = q[component]
-            high = row >> _LOW_BITS[cls]
+            high = row >> LOW_BITS[cls]
             symbol = np.where(np.abs(high) <= LARGEST, high + LARGEST, SYMBOLS - 1)
             counts[:] += np.bincount(cls * SYMBOLS + symbol, minlength=counts.size)
             return row
@@ -169,7 +169,7 @@ class CoefficientModel:
         counts = self.histogram(q, classes, levels)
         costs = PRECISION - np.log2(self.frequencies.astype(np.float64))
         costs[:, -1] += sum(_RAW)
-        return float(np.sum(counts * (costs + _LOW_BITS[:, None])))
+        return float(np.sum(counts * (costs + LOW_BITS[:, None])))
 
     def _walk(
         self, visit: Callable[[int, HostArray], HostArray], classes: HostArray, seen: HostArray
@@ -278,7 +278,7 @@ def fit(q: HostArray, classes: HostArray, levels: HostArray | None = None) -> Co
     """
     size = 2.0 ** (np.arange(CLASSES) / OCTAVE + SMALLEST)
     prior = _laplace(size)
-    usual = np.arange(-LARGEST, LARGEST + 1) << _LOW_BITS[:, None].astype(np.int64)
+    usual = np.arange(-LARGEST, LARGEST + 1) << LOW_BITS[:, None].astype(np.int64)
     expected = np.sum(prior[:, :-1] * np.abs(usual), axis=1) * _PRIOR
     count = np.full(CLASSES, float(_PRIOR))
     np.add.at(expected, classes, np.minimum(np.abs(q), _MOST).sum(1))
@@ -296,7 +296,7 @@ def fit(q: HostArray, classes: HostArray, levels: HostArray | None = None) -> Co
 
 def _laplace(size: HostArray) -> HostArray:
     """Probabilities ``[classes, SYMBOLS]`` of symbols, were coefficients Laplacian."""
-    step = 2.0 ** _LOW_BITS[:, None]
+    step = 2.0 ** LOW_BITS[:, None]
     edges = np.arange(-LARGEST, LARGEST + 2) * step - 0.5
     below = np.exp(-np.abs(edges) * np.sqrt(2) / size[:, None]) / 2
     below = np.where(edges > 0, 1 - below, below)
@@ -307,7 +307,7 @@ def _laplace(size: HostArray) -> HostArray:
 def _integers(counts: HostArray) -> HostArray:
     """Frequencies, uint16, of rows of counts: at least one, summing up, alike for both signs."""
     both = (counts[:, :-1] + counts[:, -2::-1]) / 2
-    both = np.where(_LOW_BITS[:, None] == 0, both, counts[:, :-1])  # others round downwards
+    both = np.where(LOW_BITS[:, None] == 0, both, counts[:, :-1])  # others round downwards
     counts = np.concatenate([both, counts[:, -1:]], axis=1)
     share = counts / counts.sum(1, keepdims=True)
     frequencies: HostArray = 1 + np.floor(share * (TOTAL - SYMBOLS)).astype(np.int64)
