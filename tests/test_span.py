@@ -28,12 +28,14 @@ from kvcompress import (
     SpanStatistics,
     SpanTransform,
     UnknownLayer,
+    span_basis,
     train_span,
 )
 from kvcompress.methods.span_transform import BLOCK, largest_nbytes
 from kvcompress.rope_scaling import DynamicScaling, LongRopeScaling, YarnScaling
 from kvcompress.spans.calibration import spans_of
 from kvcompress.spans.code import store_basis
+from kvcompress.spans.training import train_spans
 
 LAYERS, HEADS, DIM, VALUE_DIM = 3, 2, 8, 6
 SPAN = Span(
@@ -509,6 +511,28 @@ def test_what_matters_is_kept_better():
     weighed, even = errors
     assert weighed[0] / weighed[1] < 0.5 * even[0] / even[1]
     assert weighed[2] / weighed[3] < 0.7 * even[2] / even[3]
+
+
+def test_spans_share_one_step():
+    """Spans whose errors do more get more of the bits, so that the sum is what was asked for."""
+    rng = np.random.default_rng(5)
+    spans = [replace(SPAN, layers=layers) for layers in ((0, 1, 2), (3, 4, 5))]
+    known = [SpanStatistics(span, rows=300, skip=0) for span in spans]
+    for statistics, size in zip(known, (1, 30), strict=True):
+        keys, values = make(800, 0)
+        gradients = [[size * rng.standard_normal(x.shape) for x in xs] for xs in (keys, values)]
+        single = ([x.astype("float32") for x in xs] for xs in gradients)
+        statistics.update(keys, values, tuple(single))
+    bases = [span_basis(statistics, components=60) for statistics in known]
+    together = SpanTransform(train_spans(known, 1.5, bases))
+    steps = [float(code.step[0]) for code in together.codes]
+    assert steps[0] == pytest.approx(30 * steps[1], rel=0.05)
+    keys, values = make(300, 9)
+    compressor = KVCacheCompressor(together)
+    compressed = compressor.compress_cache([*keys, *keys], [*values, *values])
+    bits = [8 * part.coded_nbytes / part.num_coded for part in compressed.parts]
+    assert bits[1] > bits[0] + 1
+    assert np.mean(bits) == pytest.approx(1.5 + 48 / SPAN.num_values, rel=0.1)
 
 
 def replace_gradients(statistics):

@@ -16,7 +16,7 @@ from kvcompress.methods.span_transform import SpanTransform
 from kvcompress.spans.files import load_arrays, save_arrays
 from kvcompress.spans.span import Span
 from kvcompress.spans.statistics import ROWS, SpanStatistics
-from kvcompress.spans.training import SHARE, SpanBasis, span_basis, train_span
+from kvcompress.spans.training import SHARE, SpanBasis, span_basis, train_spans
 
 FORMAT = "kvcompress.spans.span-calibration.2"
 
@@ -143,7 +143,7 @@ class SpanCalibration:
         self._bases.clear()
 
     def train(self, bits: float, /, *, share: float = SHARE) -> SpanTransform:
-        """Train the codes of all spans to spend `bits` per value.
+        """Train the codes of all spans to spend `bits` per value together: see `train_spans`.
 
         Parameters
         ----------
@@ -159,9 +159,8 @@ class SpanCalibration:
         for i, s in enumerate(self.statistics):
             if i not in self._bases:
                 self._bases[i] = span_basis(s, components=math.ceil(share * s.span.width))
-        return SpanTransform(
-            tuple(train_span(s, bits, basis=self._bases[i]) for i, s in enumerate(self.statistics))
-        )
+        bases = [self._bases[i] for i in range(len(self.statistics))]
+        return SpanTransform(train_spans(self.statistics, bits, bases))
 
     def save(self, path: str | PathLike[str], /) -> None:
         """Write a safetensors file."""

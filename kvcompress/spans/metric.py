@@ -32,10 +32,13 @@ class Metric:
     roots : array ``[matrix_numbers(span)]``, float32
         Of every layer: ``[heads, key_dim, key_dim]``, ``[heads, value_dim, value_dim]``, and
         ``[heads, 1, 1]`` for the logarithms of the norms.
+    weight : float
+        Mean weight of all numbers, which was taken out of the roots.
     """
 
     span: Span
     roots: HostArray
+    weight: float = 1.0
 
     @property
     def layers(self) -> list[list[HostArray]]:
@@ -90,7 +93,7 @@ def weigh_layer(rows: Array, matrices: Sequence[Array]) -> Array:
 def metric_of(span: Span, moments: HostArray | None) -> Metric:
     """Metric of second moments of gradients, float64, as many as `matrix_numbers`.
 
-    Scaled, so that the mean weight of all numbers is one. Without moments, errors of all keys count
+    Without moments, errors of all keys count
     alike, as do relative ones of all values.
     """
     if moments is None:
@@ -113,7 +116,7 @@ def metric_of(span: Span, moments: HostArray | None) -> Metric:
     ]
     flat = np.concatenate([x.ravel() for x in roots])
     weight = float(np.sum(flat * flat)) / span.width
-    return Metric(span, (flat / np.sqrt(weight)).astype(np.float32))
+    return Metric(span, (flat / np.sqrt(weight)).astype(np.float32), weight)
 
 
 def _root(moments: HostArray) -> HostArray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -151,34 +152,74 @@ def train_span(
     SettingError
         If the rate is not positive, or not one that the components of the basis can spend.
     """
-    span = statistics.span
+    if basis is None:
+        basis = span_basis(statistics, components=math.ceil(statistics.span.width * SHARE))
+    (code,) = train_spans([statistics], bits, [basis])
+    return code
+
+
+def train_spans(
+    statistics: Sequence[SpanStatistics], bits: float, bases: Sequence[SpanBasis], /
+) -> tuple[SpanCode, ...]:
+    """Train the codes of spans to spend `bits` per value together.
+
+    One step for all: a bit then saves as much damage in one span as in another.
+
+    Parameters
+    ----------
+    statistics : sequence of SpanStatistics
+    bits : float
+        As for `train_span`, the mean over all values of a token.
+    bases : sequence of SpanBasis
+
+    Raises
+    ------
+    SettingError
+        As `train_span`.
+    """
     if not 0 < bits < 16:
         raise SettingError(f"bits must be above 0 and below 16, got {bits!r}")
-    if basis is None:
-        basis = span_basis(statistics, components=math.ceil(span.width * SHARE))
-    rows = basis.metric.apply(statistics.sample.astype(np.float32))
-    coefficients = rows @ basis.vectors
-    levels = token_levels(coefficients[:, : len(basis.importance)] @ basis.importance)
-    factor = np.exp2(levels[:, None] / np.float32(OCTAVE))
-    rows, coefficients = rows * factor, coefficients * factor
-    variances = basis.variances * np.mean(factor * factor)
-    target = bits * span.num_values * len(rows)
-    logarithm = _first_guess(variances, bits * span.num_values)
+    samples = [_sample(*pair) for pair in zip(statistics, bases, strict=True)]
+    target = bits * sum(s.span.num_values for s in statistics)
+    variances = np.concatenate([s.variances * s.basis.metric.weight for s in samples])
+    logarithm = _first_guess(variances, target)
     slope = -0.6  # of the logarithm of the bits to that of the step, to begin with
     known: tuple[float, float] | None = None
     for _ in range(20):
-        trial = _trial(coefficients, variances, levels, 2.0**logarithm)
-        over = math.log2(max(trial.bits, 1.0) / target)
+        trials = [_trial(s, 2.0**logarithm / math.sqrt(s.basis.metric.weight)) for s in samples]
+        spent = sum(t.bits / len(s.rows) for t, s in zip(trials, samples, strict=True))
+        over = math.log2(max(spent, 1e-3) / target)
         if abs(over) < TOLERANCE:
-            return _code(statistics.span, bits, basis, rows, trial)
+            groups = zip(statistics, samples, trials, strict=True)
+            return tuple(_code(s.span, bits, sample, trial) for s, sample, trial in groups)
         if known is not None and abs(logarithm - known[0]) > 1e-6:
             slope = min(max((over - known[1]) / (logarithm - known[0]), -4.0), -0.2)
         known = logarithm, over
         logarithm -= over / slope
     raise SettingError(
-        f"{basis.vectors.shape[1]} components cannot spend {bits:g} bits per value, but "
-        f"{trial.bits / target * bits:.3g}"
+        f"{len(variances)} components cannot spend {bits:g} bits per value, but "
+        f"{spent / target * bits:.3g}"
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Sample:
+    """Weighed rows of the sample and their coefficients, scaled by the levels of the tokens."""
+
+    basis: SpanBasis
+    rows: HostArray
+    coefficients: HostArray
+    variances: HostArray
+    levels: HostArray
+
+
+def _sample(statistics: SpanStatistics, basis: SpanBasis) -> _Sample:
+    rows = basis.metric.apply(statistics.sample.astype(np.float32))
+    coefficients = rows @ basis.vectors
+    levels = token_levels(coefficients[:, : len(basis.importance)] @ basis.importance)
+    factor = np.exp2(levels[:, None] / np.float32(OCTAVE))
+    variances = basis.variances * np.mean(factor * factor)
+    return _Sample(basis, rows * factor, coefficients * factor, variances, levels)
 
 
 def _first_guess(variances: HostArray, bits: float) -> float:
@@ -198,7 +239,6 @@ class _Trial:
 
     step: float
     sizes: HostArray
-    levels: HostArray
     classes: HostArray
     rounding: HostArray
     model: CoefficientModel
@@ -207,19 +247,19 @@ class _Trial:
     bits: float
 
 
-def _trial(coefficients: HostArray, variances: HostArray, levels: HostArray, step: float) -> _Trial:
-    y = coefficients.T / np.float32(step)
-    size = np.sqrt(variances) / step
+def _trial(sample: _Sample, step: float) -> _Trial:
+    y = sample.coefficients.T / np.float32(step)
+    size = np.sqrt(sample.variances) / step
     used = int(np.max(np.flatnonzero(size > LEAST), initial=0)) + 1
     y, size, classes = y[:used], size[:used], classes_of(size[:used])
     rounding = np.full(CLASSES, 0.6, np.float32)
     for _ in range(2):
         q = quantize(y, rounding[classes])
-        model = fit(q, classes, levels)
+        model = fit(q, classes, sample.levels)
         rounding = _rounding(model)
     q = quantize(y, rounding[classes])
-    bits = model.bits(q, classes, levels)
-    return _Trial(step, size, levels, classes, rounding, model, y, q, bits)
+    bits = model.bits(q, classes, sample.levels)
+    return _Trial(step, size, classes, rounding, model, y, q, bits)
 
 
 def quantize(y: HostArray, rounding: HostArray) -> HostArray:
@@ -236,7 +276,8 @@ def _rounding(model: CoefficientModel) -> HostArray:
     return np.clip(0.5 + LAGRANGE * dearer, 0.5, 0.95).astype(np.float32)
 
 
-def _code(span: Span, bits: float, basis: SpanBasis, rows: HostArray, trial: _Trial) -> SpanCode:
+def _code(span: Span, bits: float, sample: _Sample, trial: _Trial) -> SpanCode:
+    basis, rows = sample.basis, sample.rows
     used, (classes, q, y) = len(trial.classes), (trial.classes, trial.q, trial.y)
     vectors = basis.vectors[:, :used].T
     centres = _centres(q, y, classes)
@@ -253,7 +294,7 @@ def _code(span: Span, bits: float, basis: SpanBasis, rows: HostArray, trial: _Tr
         step=np.asarray([trial.step], np.float32),
         **store_basis(vectors, trial.sizes),
         importance=importance.astype(np.float32),
-        level_frequencies=level_frequencies(trial.levels),
+        level_frequencies=level_frequencies(sample.levels),
         classes=classes,
         residual_classes=classes_of(sizes),
         limit=np.asarray([LIMIT * error], np.float32),
