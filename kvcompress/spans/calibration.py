@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -16,7 +15,7 @@ from kvcompress.methods.span_transform import SpanTransform
 from kvcompress.spans.files import load_arrays, save_arrays
 from kvcompress.spans.span import Span
 from kvcompress.spans.statistics import ROWS, SpanStatistics
-from kvcompress.spans.training import SHARE, SpanBasis, span_basis, train_spans
+from kvcompress.spans.training import SpanBasis, span_basis, train_spans
 
 FORMAT = "kvcompress.spans.span-calibration.2"
 
@@ -142,14 +141,12 @@ class SpanCalibration:
             statistics.update(k, v, (rest[0], rest[1]) if rest else None)
         self._bases.clear()
 
-    def train(self, bits: float, /, *, share: float = SHARE) -> SpanTransform:
+    def train(self, bits: float, /) -> SpanTransform:
         """Train the codes of all spans to spend `bits` per value together: see `train_spans`.
 
         Parameters
         ----------
         bits : float
-        share : float
-            Components of a basis, computed at the first call, over the width of the span.
 
         Raises
         ------
@@ -158,7 +155,7 @@ class SpanCalibration:
         """
         for i, s in enumerate(self.statistics):
             if i not in self._bases:
-                self._bases[i] = span_basis(s, components=math.ceil(share * s.span.width))
+                self._bases[i] = span_basis(s)
         bases = [self._bases[i] for i in range(len(self.statistics))]
         return SpanTransform(train_spans(self.statistics, bits, bases))
 

@@ -15,8 +15,8 @@ NOISE = 0.05
 """Share of the weights off the diagonal that is taken for noise."""
 
 DAMPED = 0.7
-"""Power of the weights of layers, one over the other: they differ by factors of hundreds, between
-texts too."""
+"""Power of the weights of layers and spans, one over the other: they differ by factors of hundreds,
+between texts too."""
 
 LEAST = 1e-3
 """Least weight, over the mean of a head: what no query reads may be read by one to come."""
@@ -33,7 +33,7 @@ class Metric:
         Of every layer: ``[heads, key_dim, key_dim]``, ``[heads, value_dim, value_dim]``, and
         ``[heads, 1, 1]`` for the logarithms of the norms.
     weight : float
-        Mean weight of all numbers, which was taken out of the roots.
+        Mean weight of all numbers, damped, which was taken out of the roots.
     """
 
     span: Span
@@ -116,7 +116,7 @@ def metric_of(span: Span, moments: HostArray | None) -> Metric:
     ]
     flat = np.concatenate([x.ravel() for x in roots])
     weight = float(np.sum(flat * flat)) / span.width
-    return Metric(span, (flat / np.sqrt(weight)).astype(np.float32), weight)
+    return Metric(span, (flat / np.sqrt(weight)).astype(np.float32), weight**DAMPED)
 
 
 def _root(moments: HostArray) -> HostArray:

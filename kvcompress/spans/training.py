@@ -31,6 +31,9 @@ it is ``ln(2) / 6``; half of it, because thresholds lie in the middle."""
 SHARE = 0.5
 """Components of a basis over the width of the span, where nothing else is said."""
 
+NARROW = 4096
+"""Width of spans up to which all components are kept, where nothing else is said."""
+
 LEAST = 0.2
 """Root mean square, in steps, of the components that are kept."""
 
@@ -72,7 +75,7 @@ class SpanBasis:
     importance: HostArray
 
 
-def span_basis(statistics: SpanStatistics, /, *, components: int) -> SpanBasis:
+def span_basis(statistics: SpanStatistics, /, *, components: int | None = None) -> SpanBasis:
     """Leading components of the covariance of a span, by subspace iteration.
 
     Halko, Martinsson, Tropp 2011, arXiv 0909.4061: a few products with a random matrix find the
@@ -82,10 +85,12 @@ def span_basis(statistics: SpanStatistics, /, *, components: int) -> SpanBasis:
     Parameters
     ----------
     statistics : SpanStatistics
-    components : int
-        At most the width of the span.
+    components : int, optional
+        At most the width of the span. If left out, all of a narrow span, and half of a wide one.
     """
     width, metric = statistics.span.width, statistics.metric
+    if components is None:
+        components = width if width <= NARROW else math.ceil(SHARE * width)
     if not 1 <= components <= width:
         raise SettingError(f"components must be from 1 to {width}, got {components}")
     covariance = metric.sandwich(statistics.covariance())
@@ -153,7 +158,7 @@ def train_span(
         If the rate is not positive, or not one that the components of the basis can spend.
     """
     if basis is None:
-        basis = span_basis(statistics, components=math.ceil(statistics.span.width * SHARE))
+        basis = span_basis(statistics)
     (code,) = train_spans([statistics], bits, [basis])
     return code
 
