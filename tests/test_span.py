@@ -223,11 +223,12 @@ def test_better_than_one_by_one(code):
     assert error[0] < 0.7 * error[1]
 
 
+@pytest.mark.parametrize("tokens", [60, 200])
 @pytest.mark.parametrize("kind", ["loud", "zeros", "constant", "other", "huge"])
-def test_tokens_no_calibration_foresaw(code, kind):
-    """Quality holds, at whatever rate it takes."""
+def test_tokens_no_calibration_foresaw(code, kind, tokens):
+    """Quality holds, at whatever rate it takes, with a mean of the sequence and without."""
     rng = np.random.default_rng(1)
-    keys, values = make(60, 13)
+    keys, values = make(tokens, 13)
     for xs in (keys, values):
         for x in xs:
             x[:, :, 20:40] = {

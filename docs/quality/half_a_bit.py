@@ -40,7 +40,7 @@ def main() -> None:
     found = json.loads((HERE / "spans.json").read_text())
     layers = json.loads((HERE / "calibrated.json").read_text())
     (statistics,) = spans.statistics
-    basis = span_basis(statistics, components=statistics.span.width // 2)
+    basis = span_basis(statistics)
     codes = {bits: train_span(statistics, bits, basis=basis) for bits in RATES}
     facts = {"head": heads(lm, calibration), "times": times(lm, codes)}
     store("half_a_bit", facts)
