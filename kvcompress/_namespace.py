@@ -189,11 +189,11 @@ def values_at_a_time(x: Array) -> int | None:
     """How many values best go through many steps together; None for all.
 
     On processors, caches then hold them from step to step. PyTorch takes long to begin a step; JAX
-    does not, and what the own cache of a core holds is best.
+    shares a step among the cores only if there is much of it.
     """
     if not on_cpu(x):
         return None
-    return 2**15 if compat.is_jax_array(x) else 2**18 if compat.is_torch_array(x) else 2**16
+    return 2**19 if compat.is_jax_array(x) else 2**18 if compat.is_torch_array(x) else 2**16
 
 
 def extremes(x: Array, axis: int) -> tuple[Array, Array]:
@@ -214,12 +214,24 @@ def largest(x: Array, count: int) -> Array:
     return xpx.argpartition(x, size - count, axis=-1)[..., size - count :]
 
 
+def first_largest(x: Array) -> Array:
+    """Position of the largest value along the last axis, the first of equals, as int32."""
+    xp = compat.array_namespace(x)
+    if compat.is_jax_namespace(xp) and on_cpu(x):
+        # Its own search does not use the vector units; minima of float32 do.
+        place, last = xp.arange(x.shape[-1], dtype=xp.float32), x.shape[-1] - 1.0
+        place = xp.where(x == xp.max(x, axis=-1, keepdims=True), place, last)
+        return xp.astype(xp.min(place, axis=-1), xp.int32)
+    return xp.astype(xp.argmax(x, axis=-1), xp.int32)
+
+
 def look_up(table: Array, index: Array) -> Array:
-    """Entries of a 1-D table at positions within it, of the shape of `index`."""
-    xp, shape = compat.array_namespace(table, index), index.shape
+    """Entries ``table[index]`` along the first axis, at positions within it."""
+    xp = compat.array_namespace(table, index)
     if compat.is_jax_namespace(xp):
-        return xp.take(table, index, mode="clip")  # by default, it would look for others
-    return xp.reshape(xp.take(table, xp.reshape(index, (-1,))), shape)
+        return xp.take(table, index, axis=0, mode="clip")  # by default, it would look for others
+    taken = xp.take(table, xp.reshape(index, (-1,)), axis=0)
+    return xp.reshape(taken, (*index.shape, *table.shape[1:]))
 
 
 def scatter(x: Array, index: Array, values: Array, *, overwrite: bool = False) -> Array:

@@ -19,4 +19,7 @@ def within(x: Array, *, limit: float) -> Array:
     array ``[]``, bool
     """
     xp = array_namespace(x)
-    return xp.all(xp.abs(x) <= limit)
+    # JAX finds the least byte in a third of the time that a false takes it; and the largest value
+    # of numbers among which there is NaN may be another of them to it (jaxlib 0.10.2, processors).
+    fit = xp.astype(xp.abs(x) <= limit, xp.uint8)
+    return xp.all(xp.min(fit, axis=-1) == 1)

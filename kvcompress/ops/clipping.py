@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 from functools import cache
 
 import numpy as np
 
-from kvcompress._namespace import Array, array_namespace, astype, device, look_up
+from kvcompress._namespace import (
+    Array,
+    array_namespace,
+    astype,
+    device,
+    first_largest,
+    look_up,
+    map_blocks,
+)
 from kvcompress.ops.affine import AffineSpec, quantize
 
 CUTS = (0, 1, 2, 3)
 """How many sixteenths of its range a group may lose at either end."""
+
+ERRORS = 2**20
+"""Errors held at a time."""
 
 
 def clip_groups(x: Array, *, spec: AffineSpec) -> Array:
@@ -37,12 +49,7 @@ def clip_groups(x: Array, *, spec: AffineSpec) -> Array:
     # Eight bits are bytes, which packing leaves alone.
     codes, lower, upper = quantize(x, spec=replace(spec, bits=8))
     lower, upper = astype(lower, "float32"), astype(upper, "float32")
-    codes = xp.astype(codes, xp.int32)
-    sums = []
-    for table in errors(spec.bits):
-        error = look_up(xp.asarray(table, device=device(x)), codes)
-        sums.append(_group_sums(error, spec.group_size, axis))
-    best = xp.argmin(xp.stack(sums), axis=0)
+    best = xp.reshape(_best_cuts(xp.astype(codes, xp.int32), spec, axis), lower.shape)
     low, high = best // len(CUTS), best % len(CUTS)
     sixteenth = (upper - lower) / 16
     for cut in CUTS[1:]:
@@ -67,19 +74,25 @@ def errors(bits: int) -> np.ndarray:
     return np.asarray(np.rint((value - decoded) ** 2 * 2**16), dtype="int32")
 
 
-def _group_sums(x: Array, size: int, axis: int) -> Array:
-    """Sums of int32 groups along `axis`."""
-    xp = array_namespace(x)
-    *lead, tokens, channels = x.shape
-    missing = -x.shape[axis] % size
-    if missing:
-        gap = (*lead, missing, channels) if axis == -2 else (*lead, tokens, missing)
-        x = xp.concat([x, xp.zeros(gap, dtype=x.dtype, device=device(x))], axis=axis)
-    if axis == -2:
-        x = xp.reshape(x, (*lead, (tokens + missing) // size, size, channels))
-    else:
-        x = xp.reshape(x, (*lead, tokens, (channels + missing) // size, size))
-    return xp.sum(x, axis=axis, dtype=x.dtype)
+def _best_cuts(codes: Array, spec: AffineSpec, axis: int) -> Array:
+    """Pair of cuts with the least error, for every group in turn; codes of 8 bits, as int32."""
+    xp, size = array_namespace(codes), spec.group_size
+    # One row for a code, so that what is added are rows; the last, without errors, is for gaps.
+    table = np.pad(errors(spec.bits), ((0, 0), (0, 1))).T
+    gap = list(codes.shape)
+    gap[axis] = -codes.shape[axis] % size
+    if gap[axis]:
+        nothing = xp.full(tuple(gap), table.shape[0] - 1, dtype=xp.int32, device=device(codes))
+        codes = xp.concat([codes, nothing], axis=axis)
+    inner = codes.shape[-1] if axis == -2 else 1
+    groups = math.prod(codes.shape) // max(1, size * inner)
+    rows = xp.asarray(np.ascontiguousarray(table), device=device(codes))
+
+    def block(codes: Array) -> Array:
+        return first_largest(-xp.sum(look_up(rows, codes), axis=1, dtype=xp.int32))
+
+    at_a_time = max(1, ERRORS // max(1, size * inner * table.shape[1]))
+    return map_blocks(block, at_a_time, xp.reshape(codes, (groups, size, inner)))
 
 
 def _spread(ends: Array, size: int, axis: int, n: int) -> Array:

@@ -46,10 +46,15 @@ def _transform(x: Array) -> Array:
     power = shape[-1] & -shape[-1]
     odd = shape[-1] // power
     x = xp.reshape(x, (*shape[:-1], odd, power))
-    # Each round transforms the lowest bit of the channel's number and makes it the highest.
-    for _ in range(power.bit_length() - 1):
-        even, other = x[..., ::2], x[..., 1::2]
-        x = xp.concat([even + other, even - other], axis=-1)
+    rounds = power.bit_length() - 1
+    # Two at a time, so that what is written between them is half as much.
+    for bits in [1] * (rounds % 2) + [2] * (rounds // 2):
+        parts = [x[..., i :: 2**bits] for i in range(2**bits)]
+        # Each transforms the lowest bit of the channel's number and makes it the highest.
+        for _ in range(bits):
+            pairs = list(zip(parts[::2], parts[1::2], strict=True))
+            parts = [a + b for a, b in pairs] + [a - b for a, b in pairs]
+        x = xp.concat(parts, axis=-1)
     if odd > 1:
         x = xp.matmul(_on(x, _hartley(odd)), x)
     return xp.reshape(x, shape) * (1 / math.sqrt(power))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcompress._namespace import Array, array_namespace, device, map_blocks
+from kvcompress._namespace import Array, array_namespace, device, first_largest, look_up, map_blocks
 
 SAMPLES_PER_CODE = 64
 """Vectors at most that train one centroid."""
@@ -73,7 +73,7 @@ def nearest(x: Array, codebook: Array) -> Array:
     half_norm = xp.sum(codebook * codebook, axis=-1) / 2
 
     def block(rows: Array) -> Array:
-        return xp.astype(xp.argmin(half_norm - rows @ codebook.T, axis=-1), xp.int32)
+        return first_largest(rows @ codebook.T - half_norm)
 
     return map_blocks(block, max(1, DISTANCES // codebook.shape[0]), x)
 
@@ -91,7 +91,7 @@ def lookup(codes: Array, codebook: Array) -> Array:
     array ``[vectors, dim]``, dtype of the codebook
     """
     xp = array_namespace(codes, codebook)
-    return xp.take(codebook, xp.astype(codes, xp.int32, copy=False), axis=0)
+    return look_up(codebook, xp.astype(codes, xp.int32, copy=False))
 
 
 def _rows(x: Array, index: np.ndarray) -> Array:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcompress._namespace import Array, array_namespace, device, map_blocks
+from kvcompress._namespace import Array, array_namespace, device, first_largest, look_up, map_blocks
 from kvcompress.ops.kmeans import DISTANCES
 
 CODES = 256
@@ -37,7 +37,7 @@ def encode_product(x: Array, *codebooks: Array) -> Array:
             # Contiguous, or a matrix product takes several times as long.
             part = xp.permute_dims(xp.concat([rows[..., at : at + dim], one], axis=-1), (1, 0, 2))
             at += dim
-            codes.append(xp.astype(xp.argmax(part @ table, axis=-1), xp.uint8))
+            codes.append(xp.astype(first_largest(part @ table), xp.uint8))
         return xp.permute_dims(xp.stack(codes, axis=-1), (1, 0, 2))
 
     rows = max(1, DISTANCES // max(1, heads * CODES))
@@ -57,12 +57,11 @@ def decode_product(codes: Array, *codebooks: Array) -> Array:
     array ``[heads, tokens, channels]``, dtype of the codebooks
     """
     xp = array_namespace(codes, *codebooks)
-    heads, tokens, _ = codes.shape
+    heads = codes.shape[0]
     offset = xp.arange(heads, dtype=xp.int32, device=device(codes))[:, None, None] * CODES
     index = xp.astype(codes, xp.int32) + offset
     parts = []
     for i, codebook in enumerate(codebooks):
         rows = xp.reshape(codebook, (heads * CODES, codebook.shape[-1]))
-        part = xp.take(rows, xp.reshape(index[..., i], (heads * tokens,)), axis=0)
-        parts.append(xp.reshape(part, (heads, tokens, codebook.shape[-1])))
+        parts.append(look_up(rows, index[..., i]))
     return xp.concat(parts, axis=-1)

@@ -157,11 +157,13 @@ def _levels(codes: Array, bits: int) -> Array:
 
 
 def _dot(x: Array, y: Array) -> Array:
-    """Inner products along the last axis, of products rounded so that float32 adds them exactly.
+    """Inner products along the last axis, of products rounded to whole numbers of a unit.
 
-    The root mean squares of `x` and `y` are at most 1.5 or so. Whole numbers below 2**24 have the
-    same sum in any order, whatever a library takes.
+    The root mean squares of `x` and `y` are at most 1.5 or so, hence the sums below 2**24, which
+    float32 represents. They are the same in any order, whatever a library takes.
     """
     xp = array_namespace(x, y)
     unit = 2.0 ** (22 - (x.shape[-1] - 1).bit_length())
-    return xp.sum(xp.round(x * y * unit), axis=-1, keepdims=True) / unit
+    products = xp.astype(xp.round(x * y * unit), xp.int32)
+    total = xp.sum(products, axis=-1, keepdims=True, dtype=xp.int32)
+    return astype(total, "float32") / unit
