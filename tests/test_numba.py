@@ -169,6 +169,29 @@ def test_product_codes():
     both("decode_product", codes, *books)
 
 
+@given(data=st.data())
+def test_allocated(data):
+    heads, channels = data.draw(st.integers(0, 3)), data.draw(sizes)
+    shape = heads, data.draw(st.integers(0, 40)), channels
+    bits = data.draw(st.integers(1, 8 * channels))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    depths = ops.allocate(rng.exponential(size=(heads, channels)).astype("float32") ** 3, bits)
+    # Some lie beyond the outermost levels, some on the edge of a cell.
+    x = np.round(3 * rng.standard_normal(shape), 2).astype("float32")
+    packed = both("quantize_allocated", x, depths, bits=bits)
+    both("dequantize_allocated", packed, depths, bits=bits)
+    both("quantize_allocated", np.concatenate([x, x], axis=-1)[..., :channels], depths, bits=bits)
+
+
+@pytest.mark.parametrize("depth", [9, 200, 255])
+def test_depths_of_damaged_files_write_nowhere_else(depth):
+    depths = np.full((2, 16), depth, "uint8")
+    x = np.ones((2, 50, 16), "float32")
+    packed = backend.quantize_allocated(x, depths, bits=20)
+    assert packed.shape == (2, 50, 3)
+    assert backend.dequantize_allocated(packed, depths, bits=20).shape == x.shape
+
+
 LAYOUTS = {
     "sliced tokens": lambda x: x[:, 3:-5, :],
     "transposed": lambda x: np.ascontiguousarray(x.transpose(1, 0, 2)).transpose(1, 0, 2),

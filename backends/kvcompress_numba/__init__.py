@@ -42,6 +42,8 @@ class NumbaBackend:
             return {first, *others} == {"float32"}
         if op == "decode_product":
             return first == "uint8" and set(others) == {"float32"}
+        if op.endswith("allocated"):
+            return [first, *others] == ["float32" if op.startswith("q") else "uint8", "uint8"]
         if op in ("dequantize", "dequantize_rotated"):
             if first != "uint8" or not all(name in FLOATING for name in others):
                 return False
@@ -87,6 +89,18 @@ class NumbaBackend:
         from kvcompress_numba.rotated import dequantize_rotated
 
         return dequantize_rotated(codes, gain, **static)
+
+    def quantize_allocated(self, x: NDArray, depths: NDArray, *, bits: int) -> NDArray:
+        """See `kvcompress.ops.quantize_allocated`."""
+        from kvcompress_numba.allocated import quantize_allocated
+
+        return quantize_allocated(x, depths, bits=bits)
+
+    def dequantize_allocated(self, packed: NDArray, depths: NDArray, *, bits: int) -> NDArray:
+        """See `kvcompress.ops.dequantize_allocated`."""
+        from kvcompress_numba.allocated import dequantize_allocated
+
+        return dequantize_allocated(packed, depths, bits=bits)
 
     def nearest(self, x: NDArray, codebook: NDArray) -> NDArray:
         """See `kvcompress.ops.nearest`."""

@@ -156,6 +156,12 @@ def store_bytes(builder: Any, memory: _Memory, index: Any, value: Any) -> None:
     memory.write(builder, index, value)
 
 
+@_function(types.uint64)
+def load_word(builder: Any, memory: _Memory, index: Any) -> Any:
+    """Eight bytes of a uint8 array as one number; the first of them is its lowest."""
+    return memory.read(builder, index, ir.IntType(64))
+
+
 @_function(ints)
 def load_codes(builder: Any, memory: _Memory, index: Any) -> Any:
     """16 bytes of a uint8 array, as whole numbers."""
