@@ -131,6 +131,16 @@ def test_ends_stored_narrower_than_the_source(data, ends_dtype):
 
 
 @given(data=st.data())
+def test_cast(data):
+    dtype, other = data.draw(st.lists(names, min_size=2, max_size=2, unique=True))
+    x = data.draw(tensors(data.draw(st.tuples(st.integers(0, 3), st.integers(0, 9), sizes)), dtype))
+    if x.size:
+        with np.errstate(over="ignore"):
+            x.reshape(-1)[-1] = data.draw(st.sampled_from([1e5, -1e5, np.inf, 1e-7, 2.0**-120]))
+    both("cast", x, dtype=other)
+
+
+@given(data=st.data())
 def test_within(data):
     shape = data.draw(st.tuples(st.integers(0, 3), st.integers(0, 9), sizes))
     x = data.draw(tensors(shape, data.draw(names)))

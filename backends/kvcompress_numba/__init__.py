@@ -49,6 +49,8 @@ class NumbaBackend:
                 return False
         elif first not in FLOATING or arrays[0].ndim < 2:
             return False
+        if op == "cast":
+            return bool(first != static["dtype"])
         if op in ("quantize_rotated", "dequantize_rotated"):
             channels = static.get("channels", arrays[0].shape[-1])
             return bool(channels & (channels - 1) == 0)
@@ -59,6 +61,12 @@ class NumbaBackend:
         from kvcompress_numba.bounds import within
 
         return within(x, limit=limit)
+
+    def cast(self, x: NDArray, *, dtype: str) -> NDArray:
+        """See `kvcompress.ops.cast`."""
+        from kvcompress_numba.casting import cast
+
+        return cast(x, dtype=dtype)
 
     def quantize(self, x: NDArray, *, spec: AffineSpec) -> tuple[NDArray, NDArray, NDArray]:
         """See `kvcompress.ops.quantize`."""

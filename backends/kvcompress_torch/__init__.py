@@ -16,6 +16,7 @@ from kvcompress._namespace import is_concrete
 
 OPERATIONS = frozenset(
     {
+        "cast",
         "clip_groups",
         "decode_product",
         "dequantize",

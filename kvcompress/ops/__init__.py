@@ -7,6 +7,7 @@ tested against.
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
 from kvcompress.ops.allocated import allocate, dequantize_allocated, quantize_allocated
 from kvcompress.ops.bounds import within
+from kvcompress.ops.casting import cast
 from kvcompress.ops.clipping import clip_groups
 from kvcompress.ops.hadamard import hadamard, inverse_hadamard
 from kvcompress.ops.kmeans import kmeans, lookup, nearest
@@ -23,6 +24,7 @@ __all__ = [
     "Principal",
     "RotatedSpec",
     "allocate",
+    "cast",
     "center",
     "clip_groups",
     "decode_product",

@@ -101,6 +101,8 @@ def cases() -> Iterator[Case]:
             if spec.bits < 4:
                 yield Case("clip_groups", (x,), {"spec": spec}, _equal)
         x = _tensor(shape, dtype, seed=next(seeds))
+        for other in FLOATING:
+            yield Case("cast", (x,), {"dtype": other})
         for limit in (0.5, 2.0**100 if dtype != "float16" else 65504.0):
             yield Case("within", (x,), {"limit": limit}, _equal)
         for bits, seed in itertools.product(range(1, 9), (0, 7)):
