@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal, Protocol
 
-from kvcompress._namespace import (
-    FLOATING,
-    Array,
-    array_namespace,
-    dtype_name,
-    narrow,
-)
-from kvcompress.backend import Ops, select
-from kvcompress.checks import LARGEST, check_dtypes, check_finite, check_shapes
-from kvcompress.compressed import CompressedKV, CompressedTensor, KVLayout
+from kvcompress._namespace import FLOATING, Array, array_namespace
+from kvcompress.backend import select
+from kvcompress.checks import check_dtypes, check_finite, check_shapes
+from kvcompress.compressed import CompressedKV, KVLayout
 from kvcompress.compressed_cache import CompressedCache
 from kvcompress.errors import (
     CalibrationError,
@@ -27,9 +20,9 @@ from kvcompress.errors import (
     UnknownLayer,
     check_integer,
 )
-from kvcompress.methods.base import Method, Role, TensorSpec
+from kvcompress.methods.base import Method, Role
 from kvcompress.methods.span_transform import SpanTransform
-from kvcompress.ops.slots import Paged
+from kvcompress.one_tensor import decode, encode, readable, split_spec
 from kvcompress.whole_cache import compress_span, decompress_span, positions_of
 
 QUANT_BITS = (2, 3, 4, 8)
@@ -365,7 +358,7 @@ class KVCacheCompressor:
         shapes: tuple[tuple[Role, tuple[int, ...]], ...]
         shapes = ("keys", key_shape), ("values", value_shape)
         for role, shape in shapes:
-            coded, exact = self._split_spec(shape, dtype)
+            coded, exact = split_spec(shape, dtype, exact=self.sinks + self.window)
             encoded = self._method(role).encoded_spec(coded, role)
             total += exact.nbytes + sum(spec.nbytes for spec in encoded.values())
         return total
@@ -376,12 +369,17 @@ class KVCacheCompressor:
         dtype = check_dtypes(k, v)
         ops = select(self.backend)
         tensors: dict[Role, Array] = {"keys": k, "values": v}
+        methods = {role: self._method(role) for role in tensors}
         for role, x in tensors.items():
             # Settings that do not fit the shape raise here, before anything is computed.
-            self._method(role).encoded_spec(self._split_spec(x.shape, dtype)[0], role)
-        read = {role: self._readable(x, role, ops) for role, x in tensors.items()}
+            coded, _ = split_spec(x.shape, dtype, exact=self.sinks + self.window)
+            methods[role].encoded_spec(coded, role)
+        read = {role: readable(x, methods[role], ops) for role, x in tensors.items()}
         finite = {role: check_finite(x, role, ops, self.nonfinite) for role, x in read.items()}
-        keys, values = (self._encode(x, role, ops) for role, x in finite.items())
+        keys, values = (
+            encode(x, role, methods[role], ops, sinks=self.sinks, window=self.window)
+            for role, x in finite.items()
+        )
         sinks = min(self.sinks, k.shape[-2])
         return CompressedKV(keys, values, layout, (tuple(k.shape), tuple(v.shape)), dtype, sinks)
 
@@ -395,47 +393,12 @@ class KVCacheCompressor:
             )
         ops = select(self.backend)
         k, v = (
-            _decode(tensor, self._method(tensor.role), shape, compressed.sinks, ops)
+            decode(tensor, self._method(tensor.role), ops, shape=shape, sinks=compressed.sinks)
             for tensor, shape in zip(
                 (compressed.keys, compressed.values), compressed.shape, strict=True
             )
         )
         return k, v
-
-    def _encode(self, x: Array, role: Role, ops: Ops) -> CompressedTensor:
-        xp, method = array_namespace(x), self._method(role)
-        coded, exact = self._split_spec(x.shape, dtype_name(x.dtype))
-        if x.ndim != 3:
-            x = xp.reshape(x, _fold(x.shape))
-        kept = None
-        if self.sinks or self.window:
-            sinks = min(self.sinks, x.shape[1])
-            window = exact.shape[1] - sinks
-            end = x.shape[1] - window
-            kept = xp.concat([ops.array(x[:, :sinks, :]), ops.array(x[:, end:, :])], axis=1)
-            x = x[:, sinks:end, :]
-        payload = method.encode(x, role, ops)
-        payload = {name: payload[name] for name in sorted(payload)}  # as a pytree orders it
-        ndim = next(iter(payload.values())).ndim
-        return CompressedTensor(payload, kept, method.detach(), role, coded, ndim)
-
-    def _readable(self, x: Array | Paged, role: Role, ops: Ops) -> Array | Paged:
-        """Return `x`, gathered unless the method and a backend can do with it in its pool."""
-        in_place = (
-            isinstance(x, Paged)
-            and self._method(role).by_operations
-            and ops.backend_for("within_paged", x.pool, x.slots, limit=LARGEST)
-        )
-        return x if in_place else ops.array(x)
-
-    def _split_spec(self, shape: tuple[int, ...], dtype: str) -> tuple[TensorSpec, TensorSpec]:
-        """Specs of the tokens to encode and of those to keep exact."""
-        heads, tokens, head_dim = _fold(shape)
-        exact = min(tokens, self.sinks + self.window)
-        return (
-            TensorSpec((heads, tokens - exact, head_dim), dtype),
-            TensorSpec((heads, exact, head_dim), dtype),
-        )
 
     def _method(self, role: Role) -> Method:
         method = self.value_method if role == "values" and self.value_method else self.method
@@ -451,20 +414,3 @@ _DECOMPRESS = {
     KVLayout.UNBATCHED: "decompress_kv_3d or decompress_to_paged_cache",
     KVLayout.LATENT: "decompress_to_mla_cache",
 }
-
-
-def _decode(
-    tensor: CompressedTensor, known: Method, shape: tuple[int, ...], sinks: int, ops: Ops
-) -> Array:
-    x = tensor.method.attach(known).decode(tensor.payload, tensor.spec, tensor.role, ops)
-    x = narrow(x, tensor.spec.dtype)
-    xp = array_namespace(x)
-    if tensor.exact is not None:
-        x = xp.concat([tensor.exact[:, :sinks, :], x, tensor.exact[:, sinks:, :]], axis=1)
-    return xp.reshape(x, shape)
-
-
-def _fold(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """``[..., tokens, head_dim]`` as ``[heads, tokens, head_dim]``: batch folded into the heads."""
-    *lead, tokens, head_dim = shape
-    return math.prod(lead), tokens, head_dim
