@@ -11,19 +11,16 @@ from kvcompress.backend import select
 from kvcompress.checks import check_dtypes, check_finite, check_shapes
 from kvcompress.compressed import CompressedKV, KVLayout
 from kvcompress.compressed_cache import CompressedCache
-from kvcompress.errors import (
-    CalibrationError,
-    DTypeError,
-    LayoutError,
-    SettingError,
-    ShapeError,
-    UnknownLayer,
-    check_integer,
-)
+from kvcompress.errors import DTypeError, LayoutError, SettingError, ShapeError, check_integer
 from kvcompress.methods.base import Method, Role
 from kvcompress.methods.span_transform import SpanTransform
 from kvcompress.one_tensor import decode, encode, readable, split_spec
-from kvcompress.whole_cache import compress_span, decompress_span, positions_of
+from kvcompress.whole_cache import (
+    check_layers,
+    compress_spans,
+    decompress_layers,
+    positions_of,
+)
 
 QUANT_BITS = (2, 3, 4, 8)
 
@@ -172,40 +169,25 @@ class KVCacheCompressor:
         NamespaceError, ShapeError, DTypeError, NonFiniteError, SettingError
             Before anything is computed.
         """
-        if len(keys) != len(values):
-            raise ShapeError(f"got keys of {len(keys)} layers and values of {len(values)}")
-        for k, v in zip(keys, values, strict=True):
-            array_namespace(k, v)
-            check_shapes(k, v, KVLayout.BATCHED, 4)
-            check_dtypes(k, v)
+        check_layers(keys, values)
         places = positions_of([k.shape[2] for k in keys], positions)
         sinks = [self.sinks if not len(p) or p[0] == 0 else 0 for p in places]
-        if not isinstance(self.method, SpanTransform):
-            parts = [
-                replace(self, sinks=s).compress_kv(k, v)
-                for k, v, s in zip(keys, values, sinks, strict=True)
-            ]
-            return CompressedCache(tuple(parts), tuple((i,) for i in range(len(parts))))
-        known = sorted(layer for code in self.method.codes for layer in code.span.layers)
-        if known != list(range(len(keys))):
-            raise SettingError(f"the spans have layers {known}, got {len(keys)} layers")
-        ops = select(self.backend)
-        ks = [check_finite(k, "keys", ops, self.nonfinite) for k in keys]
-        vs = [check_finite(v, "values", ops, self.nonfinite) for v in values]
-        for code in self.method.codes:
-            code.span.check(*([x[i] for i in code.span.layers] for x in (keys, values)))
-        spans = [
-            compress_span(
-                code,
-                [ks[i] for i in code.span.layers],
-                [vs[i] for i in code.span.layers],
-                places[code.span.layers[0]],
-                sinks=sinks[code.span.layers[0]],
+        if isinstance(self.method, SpanTransform):
+            return compress_spans(
+                self.method,
+                keys,
+                values,
+                places,
+                select(self.backend),
+                sinks=sinks,
                 window=self.window,
+                nonfinite=self.nonfinite,
             )
-            for code in self.method.codes
+        parts = [
+            replace(self, sinks=s).compress_kv(k, v)
+            for k, v, s in zip(keys, values, sinks, strict=True)
         ]
-        return CompressedCache(tuple(spans), tuple(code.span.layers for code in self.method.codes))
+        return CompressedCache(tuple(parts), tuple((i,) for i in range(len(parts))))
 
     def decompress_cache(
         self,
@@ -243,30 +225,9 @@ class KVCacheCompressor:
         """
         if not isinstance(compressed, CompressedCache):
             raise LayoutError(f"expected a CompressedCache, got {type(compressed).__name__}")
-        wanted = range(compressed.num_layers) if layers is None else layers
-        for layer in wanted:
-            if layer not in range(compressed.num_layers):
-                raise UnknownLayer(f"there are {compressed.num_layers} layers, not {layer!r}")
-        cut = slice(None) if tokens is None else tokens
-        if cut.step not in (None, 1):
-            raise SettingError(f"tokens must be a slice without steps, got {cut}")
-        restored: dict[int, tuple[Array, Array]] = {}
-        for part, held in zip(compressed.parts, compressed.layers, strict=True):
-            places = [i for i, layer in enumerate(held) if layer in set(wanted)]
-            if not places:
-                continue
-            if isinstance(part, CompressedKV):
-                k, v = self.decompress_kv(part)
-                restored[held[0]] = k[:, :, cut, :], v[:, :, cut, :]
-                continue
-            if not isinstance(self.method, SpanTransform):
-                raise CalibrationError(
-                    f"this was compressed with the span code {part.fingerprint[:12]}; decompress "
-                    "it with a KVCacheCompressor whose method is a SpanTransform with that code"
-                )
-            pairs = decompress_span(part, self.method.find(part.fingerprint), places, cut)
-            restored |= zip([held[i] for i in places], pairs, strict=True)
-        return [restored[i][0] for i in wanted], [restored[i][1] for i in wanted]
+        return decompress_layers(
+            compressed, self.method, self.decompress_kv, layers=layers, tokens=tokens
+        )
 
     def compress_paged_cache(self, cache: KVCache, seq_id: Any, layer: int = 0) -> CompressedKV:
         """Compress one sequence of one layer of a paged cache, which is left as it is.
