@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import click
 from rich.table import Table
 
 import kvcompress
 from kvcompress._namespace import Array, dtype_name, to_host
-from kvcompress.cli.console import InputError, progress, results_table, stdout
+from kvcompress.cli.console import print_json, progress, results_table, stdout
+from kvcompress.cli.figure import check_plot
 from kvcompress.cli.files import Layer, load, sample
 from kvcompress.cli.ladder import NAMES, ladder, settings
 from kvcompress.cli.libraries import LIBRARIES, Library, library_option, median_time
-from kvcompress.cli.plot import check_plot, plot_results
+from kvcompress.cli.options import chosen, json_option, methods_option, plot_option
+from kvcompress.cli.plot import plot_results
 from kvcompress.compressor import KVCacheCompressor
 from kvcompress.methods import Method
 from kvcompress.metrics import HostArray, attention, relative_error, relative_mse
@@ -69,17 +68,12 @@ class Result:
 
 @click.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
-@click.option("--methods", metavar="A,B", help=f"Only these of {', '.join(NAMES)}.")
+@methods_option(NAMES)
 @library_option
 @click.option("--sinks", type=click.IntRange(0), default=0, help="First tokens kept exact.")
 @click.option("--window", type=click.IntRange(0), default=0, help="Last tokens kept exact.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    metavar="PNG",
-    help="Draw error against bits (.png, .svg, .pdf).",
-)
+@json_option
+@plot_option("Draw error against bits (.png, .svg, .pdf).")
 def compare(
     file: Path | None,
     methods: str | None,
@@ -108,7 +102,7 @@ def compare(
       kvcompress compare cache.npz --methods Hybrid --sinks 4 --window 128
       kvcompress compare --library jax --json > compare.json
     """  # noqa: D301
-    names = _names(methods)
+    names = chosen(methods, NAMES)
     if plot:
         check_plot(plot)
     layers = load(file) if file else sample()
@@ -134,22 +128,11 @@ def compare(
             "library": library,
             "sinks": sinks,
             "window": window,
-            "results": [_as_json(result) for result in results],
+            "results": [{**asdict(x), "method": x.method.to_dict()} for x in results],
         }
-        click.echo(json.dumps(facts, indent=2, allow_nan=False))
+        print_json(facts)
     else:
         stdout().print(_table(results, f"{source}: {_shapes(layers)}, {library}"))
-
-
-def _names(methods: str | None) -> Sequence[str]:
-    if methods is None:
-        return NAMES
-    known = {name.lower(): name for name in NAMES}
-    asked = [name.strip() for name in methods.split(",")]
-    for name in asked:
-        if name.lower() not in known:
-            raise InputError(f"unknown method {name!r}; known: {', '.join(NAMES)}")
-    return list(dict.fromkeys(known[name.lower()] for name in asked))
 
 
 def _results(
@@ -215,15 +198,6 @@ def _shapes(layers: Sequence[Layer]) -> str:
     k, v = layers[0].k, layers[0].v
     shapes = f"k and v {list(k.shape)}" if k.shape == v.shape else f"k {k.shape}, v {v.shape}"
     return f"{len(layers)} layer{'s' * (len(layers) > 1)}, {shapes} {dtype_name(k.dtype)}"
-
-
-def _as_json(result: Result) -> dict[str, Any]:
-    numbers = {
-        name: value if value is None or math.isfinite(value) else None
-        for name, value in asdict(result).items()
-        if name != "method"
-    }
-    return {"method": result.method.to_dict(), **numbers}
 
 
 def _table(results: Sequence[Result], title: str) -> Table:
