@@ -12,7 +12,7 @@ from kvcompress.cli.ladder import NAMES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from kvcompress.cli.compare import Result
+    from kvcompress.cli.comparison import Result
 
 COLORS = dict(
     zip(NAMES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), strict=True)
