@@ -17,6 +17,7 @@ from kvcompress.errors import (
     UnknownLayer,
     check_integer,
 )
+from kvcompress.layer_files import load_layers, save_layers
 from kvcompress.layer_statistics import HostArray, LayerStatistics, digest
 
 FORMAT = "kvcompress.calibration.1"
@@ -179,17 +180,9 @@ class Calibration:
 
     def save(self, path: str | PathLike[str], /) -> None:
         """Write a safetensors file."""
-        from safetensors.numpy import save_file
-
-        arrays = {
-            f"{i}.{k}": np.asarray(v, order="C")
-            for i, s in self._layers.items()
-            for k, v in s.items()
-        }
         settings = {"rows": self.rows, "skip": self.skip, "seed": self.seed}
-        metadata = {"settings": settings, "provenance": self.provenance}
-        facts = {name: json.dumps(value) for name, value in metadata.items()}
-        save_file(arrays, path, {"format": FORMAT, **facts})
+        facts = {"settings": settings, "provenance": self.provenance}
+        save_layers(self._layers, path, FORMAT, facts)
 
     @classmethod
     def load(cls, path: str | PathLike[str], /) -> Calibration:
@@ -200,26 +193,13 @@ class Calibration:
         CalibrationError
             If it is no such file.
         """
-        from safetensors import SafetensorError, safe_open
-
+        layers, facts = load_layers(path, FORMAT, kind="calibration")
         try:
-            with safe_open(path, "numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise CalibrationError(
-                        f"{path} is no calibration: its format is {metadata.get('format')!r}, "
-                        f"expected {FORMAT!r}"
-                    )
-                calibration = cls(**json.loads(metadata["settings"]))
-                calibration.provenance = json.loads(metadata.get("provenance", "{}"))
-                for name in file.keys():  # noqa: SIM118 (no mapping)
-                    layer, _, key = name.partition(".")
-                    calibration._layers.setdefault(int(layer), {})[key] = file.get_tensor(name)
-        except (SafetensorError, KeyError, ValueError, TypeError) as error:
-            if isinstance(error, CalibrationError):
-                raise
+            calibration = cls(**json.loads(facts["settings"]))
+            calibration.provenance = json.loads(facts.get("provenance", "{}"))
+            calibration._layers = {int(i): layers[i] for i in sorted(layers, key=int)}
+        except (KeyError, ValueError, TypeError) as error:
             raise CalibrationError(f"{path} is no calibration: {error}") from error
-        calibration._layers = dict(sorted(calibration._layers.items()))
         return calibration
 
     def _seen(self, layer: int) -> int:

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal, Protocol
 
-from kvcompress._namespace import (
-    FLOATING,
-    Array,
-    array_namespace,
-    dtype_name,
-    narrow,
-)
-from kvcompress.backend import Ops, select
-from kvcompress.checks import LARGEST, check_dtypes, check_finite, check_shapes
-from kvcompress.compressed import CompressedKV, CompressedTensor, KVLayout
+from kvcompress._namespace import FLOATING, Array, array_namespace
+from kvcompress.backend import select
+from kvcompress.checks import check_dtypes, check_finite, check_shapes
+from kvcompress.compressed import CompressedKV, KVLayout
 from kvcompress.compressed_cache import CompressedCache
-from kvcompress.errors import (
-    CalibrationError,
-    DTypeError,
-    LayoutError,
-    SettingError,
-    ShapeError,
-    UnknownLayer,
-    check_integer,
-)
-from kvcompress.methods.base import Method, Role, TensorSpec
+from kvcompress.errors import DTypeError, LayoutError, SettingError, ShapeError, check_integer
+from kvcompress.methods.base import Method, Role
 from kvcompress.methods.span_transform import SpanTransform
-from kvcompress.ops.slots import Paged
-from kvcompress.whole_cache import compress_span, decompress_span, positions_of
+from kvcompress.one_tensor import decode, encode, readable, split_spec
+from kvcompress.whole_cache import (
+    check_layers,
+    compress_spans,
+    decompress_layers,
+    positions_of,
+)
 
 QUANT_BITS = (2, 3, 4, 8)
 
@@ -179,40 +169,25 @@ class KVCacheCompressor:
         NamespaceError, ShapeError, DTypeError, NonFiniteError, SettingError
             Before anything is computed.
         """
-        if len(keys) != len(values):
-            raise ShapeError(f"got keys of {len(keys)} layers and values of {len(values)}")
-        for k, v in zip(keys, values, strict=True):
-            array_namespace(k, v)
-            check_shapes(k, v, KVLayout.BATCHED, 4)
-            check_dtypes(k, v)
+        check_layers(keys, values)
         places = positions_of([k.shape[2] for k in keys], positions)
         sinks = [self.sinks if not len(p) or p[0] == 0 else 0 for p in places]
-        if not isinstance(self.method, SpanTransform):
-            parts = [
-                replace(self, sinks=s).compress_kv(k, v)
-                for k, v, s in zip(keys, values, sinks, strict=True)
-            ]
-            return CompressedCache(tuple(parts), tuple((i,) for i in range(len(parts))))
-        known = sorted(layer for code in self.method.codes for layer in code.span.layers)
-        if known != list(range(len(keys))):
-            raise SettingError(f"the spans have layers {known}, got {len(keys)} layers")
-        ops = select(self.backend)
-        ks = [check_finite(k, "keys", ops, self.nonfinite) for k in keys]
-        vs = [check_finite(v, "values", ops, self.nonfinite) for v in values]
-        for code in self.method.codes:
-            code.span.check(*([x[i] for i in code.span.layers] for x in (keys, values)))
-        spans = [
-            compress_span(
-                code,
-                [ks[i] for i in code.span.layers],
-                [vs[i] for i in code.span.layers],
-                places[code.span.layers[0]],
-                sinks=sinks[code.span.layers[0]],
+        if isinstance(self.method, SpanTransform):
+            return compress_spans(
+                self.method,
+                keys,
+                values,
+                places,
+                select(self.backend),
+                sinks=sinks,
                 window=self.window,
+                nonfinite=self.nonfinite,
             )
-            for code in self.method.codes
+        parts = [
+            replace(self, sinks=s).compress_kv(k, v)
+            for k, v, s in zip(keys, values, sinks, strict=True)
         ]
-        return CompressedCache(tuple(spans), tuple(code.span.layers for code in self.method.codes))
+        return CompressedCache(tuple(parts), tuple((i,) for i in range(len(parts))))
 
     def decompress_cache(
         self,
@@ -250,30 +225,9 @@ class KVCacheCompressor:
         """
         if not isinstance(compressed, CompressedCache):
             raise LayoutError(f"expected a CompressedCache, got {type(compressed).__name__}")
-        wanted = range(compressed.num_layers) if layers is None else layers
-        for layer in wanted:
-            if layer not in range(compressed.num_layers):
-                raise UnknownLayer(f"there are {compressed.num_layers} layers, not {layer!r}")
-        cut = slice(None) if tokens is None else tokens
-        if cut.step not in (None, 1):
-            raise SettingError(f"tokens must be a slice without steps, got {cut}")
-        restored: dict[int, tuple[Array, Array]] = {}
-        for part, held in zip(compressed.parts, compressed.layers, strict=True):
-            places = [i for i, layer in enumerate(held) if layer in set(wanted)]
-            if not places:
-                continue
-            if isinstance(part, CompressedKV):
-                k, v = self.decompress_kv(part)
-                restored[held[0]] = k[:, :, cut, :], v[:, :, cut, :]
-                continue
-            if not isinstance(self.method, SpanTransform):
-                raise CalibrationError(
-                    f"this was compressed with the span code {part.fingerprint[:12]}; decompress "
-                    "it with a KVCacheCompressor whose method is a SpanTransform with that code"
-                )
-            pairs = decompress_span(part, self.method.find(part.fingerprint), places, cut)
-            restored |= zip([held[i] for i in places], pairs, strict=True)
-        return [restored[i][0] for i in wanted], [restored[i][1] for i in wanted]
+        return decompress_layers(
+            compressed, self.method, self.decompress_kv, layers=layers, tokens=tokens
+        )
 
     def compress_paged_cache(self, cache: KVCache, seq_id: Any, layer: int = 0) -> CompressedKV:
         """Compress one sequence of one layer of a paged cache, which is left as it is.
@@ -365,7 +319,7 @@ class KVCacheCompressor:
         shapes: tuple[tuple[Role, tuple[int, ...]], ...]
         shapes = ("keys", key_shape), ("values", value_shape)
         for role, shape in shapes:
-            coded, exact = self._split_spec(shape, dtype)
+            coded, exact = split_spec(shape, dtype, exact=self.sinks + self.window)
             encoded = self._method(role).encoded_spec(coded, role)
             total += exact.nbytes + sum(spec.nbytes for spec in encoded.values())
         return total
@@ -376,12 +330,17 @@ class KVCacheCompressor:
         dtype = check_dtypes(k, v)
         ops = select(self.backend)
         tensors: dict[Role, Array] = {"keys": k, "values": v}
+        methods = {role: self._method(role) for role in tensors}
         for role, x in tensors.items():
             # Settings that do not fit the shape raise here, before anything is computed.
-            self._method(role).encoded_spec(self._split_spec(x.shape, dtype)[0], role)
-        read = {role: self._readable(x, role, ops) for role, x in tensors.items()}
+            coded, _ = split_spec(x.shape, dtype, exact=self.sinks + self.window)
+            methods[role].encoded_spec(coded, role)
+        read = {role: readable(x, methods[role], ops) for role, x in tensors.items()}
         finite = {role: check_finite(x, role, ops, self.nonfinite) for role, x in read.items()}
-        keys, values = (self._encode(x, role, ops) for role, x in finite.items())
+        keys, values = (
+            encode(x, role, methods[role], ops, sinks=self.sinks, window=self.window)
+            for role, x in finite.items()
+        )
         sinks = min(self.sinks, k.shape[-2])
         return CompressedKV(keys, values, layout, (tuple(k.shape), tuple(v.shape)), dtype, sinks)
 
@@ -395,47 +354,12 @@ class KVCacheCompressor:
             )
         ops = select(self.backend)
         k, v = (
-            _decode(tensor, self._method(tensor.role), shape, compressed.sinks, ops)
+            decode(tensor, self._method(tensor.role), ops, shape=shape, sinks=compressed.sinks)
             for tensor, shape in zip(
                 (compressed.keys, compressed.values), compressed.shape, strict=True
             )
         )
         return k, v
-
-    def _encode(self, x: Array, role: Role, ops: Ops) -> CompressedTensor:
-        xp, method = array_namespace(x), self._method(role)
-        coded, exact = self._split_spec(x.shape, dtype_name(x.dtype))
-        if x.ndim != 3:
-            x = xp.reshape(x, _fold(x.shape))
-        kept = None
-        if self.sinks or self.window:
-            sinks = min(self.sinks, x.shape[1])
-            window = exact.shape[1] - sinks
-            end = x.shape[1] - window
-            kept = xp.concat([ops.array(x[:, :sinks, :]), ops.array(x[:, end:, :])], axis=1)
-            x = x[:, sinks:end, :]
-        payload = method.encode(x, role, ops)
-        payload = {name: payload[name] for name in sorted(payload)}  # as a pytree orders it
-        ndim = next(iter(payload.values())).ndim
-        return CompressedTensor(payload, kept, method.detach(), role, coded, ndim)
-
-    def _readable(self, x: Array | Paged, role: Role, ops: Ops) -> Array | Paged:
-        """Return `x`, gathered unless the method and a backend can do with it in its pool."""
-        in_place = (
-            isinstance(x, Paged)
-            and self._method(role).by_operations
-            and ops.backend_for("within_paged", x.pool, x.slots, limit=LARGEST)
-        )
-        return x if in_place else ops.array(x)
-
-    def _split_spec(self, shape: tuple[int, ...], dtype: str) -> tuple[TensorSpec, TensorSpec]:
-        """Specs of the tokens to encode and of those to keep exact."""
-        heads, tokens, head_dim = _fold(shape)
-        exact = min(tokens, self.sinks + self.window)
-        return (
-            TensorSpec((heads, tokens - exact, head_dim), dtype),
-            TensorSpec((heads, exact, head_dim), dtype),
-        )
 
     def _method(self, role: Role) -> Method:
         method = self.value_method if role == "values" and self.value_method else self.method
@@ -451,20 +375,3 @@ _DECOMPRESS = {
     KVLayout.UNBATCHED: "decompress_kv_3d or decompress_to_paged_cache",
     KVLayout.LATENT: "decompress_to_mla_cache",
 }
-
-
-def _decode(
-    tensor: CompressedTensor, known: Method, shape: tuple[int, ...], sinks: int, ops: Ops
-) -> Array:
-    x = tensor.method.attach(known).decode(tensor.payload, tensor.spec, tensor.role, ops)
-    x = narrow(x, tensor.spec.dtype)
-    xp = array_namespace(x)
-    if tensor.exact is not None:
-        x = xp.concat([tensor.exact[:, :sinks, :], x, tensor.exact[:, sinks:, :]], axis=1)
-    return xp.reshape(x, shape)
-
-
-def _fold(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """``[..., tokens, head_dim]`` as ``[heads, tokens, head_dim]``: batch folded into the heads."""
-    *lead, tokens, head_dim = shape
-    return math.prod(lead), tokens, head_dim

@@ -20,6 +20,7 @@ from kvcompress.errors import (
     check_fraction,
 )
 from kvcompress.layer_code import LayerCode
+from kvcompress.layer_files import load_layers, save_layers
 from kvcompress.layer_statistics import HostArray
 from kvcompress.methods.transform_coding import EXACT, TransformCoding
 from kvcompress.training import Extent, key_bases, rates, value_bases, water_level
@@ -61,19 +62,17 @@ class Plan(Mapping[int, KVCacheCompressor]):
 
     def save(self, path: str | PathLike[str], /) -> None:
         """Write a safetensors file: bases, codebooks and settings, but no statistics."""
-        from safetensors.numpy import save_file
-
-        arrays: dict[str, HostArray] = {}
+        arrays: dict[int, Mapping[str, HostArray]] = {}
         layers: dict[str, Any] = {}
         for layer, compressor in self.items():
             method = compressor.method
             if not isinstance(method, TransformCoding) or method.code is None:
                 raise CalibrationError(f"layer {layer} has no calibration, so nothing to save")
-            arrays |= {f"{layer}.{name}": x.copy() for name, x in method.code.arrays.items()}
+            arrays[layer] = method.code.arrays
             options = {name: getattr(compressor, name) for name in _SAVED}
             settings = {"bits": method.bits, "exact": method.exact, "span": method.span}
             layers[str(layer)] = {**settings, "options": options}
-        save_file(arrays, path, {"format": FORMAT, "layers": json.dumps(layers)})
+        save_layers(arrays, path, FORMAT, {"layers": layers})
 
     @classmethod
     def load(cls, path: str | PathLike[str], /, *, backend: str | None = None) -> Plan:
@@ -90,25 +89,13 @@ class Plan(Mapping[int, KVCacheCompressor]):
         CalibrationError
             If it is no such file.
         """
-        from safetensors import SafetensorError, safe_open
-
-        arrays: dict[str, dict[str, HostArray]] = {}
+        arrays, facts = load_layers(path, FORMAT, kind="plan")
         try:
-            with safe_open(path, "numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise CalibrationError(
-                        f"{path} is no plan: its format is {metadata.get('format')!r}, "
-                        f"expected {FORMAT!r}"
-                    )
-                layers = json.loads(metadata["layers"])
-                for name in file.keys():  # noqa: SIM118 (no mapping)
-                    layer, _, rest = name.partition(".")
-                    arrays.setdefault(layer, {})[rest] = file.get_tensor(name)
+            layers = json.loads(facts["layers"])
             return cls({int(i): _compressor(x, arrays[i], backend) for i, x in layers.items()})
         except CalibrationError:
             raise
-        except (SafetensorError, KVCompressError, KeyError, ValueError, TypeError) as error:
+        except (KVCompressError, KeyError, ValueError, TypeError) as error:
             raise CalibrationError(f"{path} is no plan: {error}") from error
 
 

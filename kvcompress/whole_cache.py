@@ -1,133 +1,31 @@
-"""Layers of a cache that are compressed together: exact tokens set aside, positions, restored."""
+"""All layers of a cache: what is asked of them, where their tokens stand, and parts restored."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvcompress._namespace import Array, array_namespace, device, dtype_name, narrow, to_host
-from kvcompress.compressed_cache import CompressedSpan
-from kvcompress.errors import DTypeError, NamespaceError, ShapeError
+from kvcompress._namespace import Array, array_namespace, dtype_name, to_host
+from kvcompress.backend import Ops
+from kvcompress.checks import check_dtypes, check_finite, check_shapes
+from kvcompress.compressed import CompressedKV, KVLayout
+from kvcompress.compressed_cache import CompressedCache
+from kvcompress.errors import CalibrationError, DTypeError, SettingError, ShapeError, UnknownLayer
 from kvcompress.layer_statistics import HostArray
-from kvcompress.methods import span_transform
-from kvcompress.spans.code import SpanCode
+from kvcompress.methods.base import Method
+from kvcompress.methods.span_transform import SpanTransform
+from kvcompress.one_span import compress_span, decompress_span
 
 
-def compress_span(
-    code: SpanCode,
-    keys: Sequence[Array],
-    values: Sequence[Array],
-    positions: HostArray,
-    *,
-    sinks: int,
-    window: int,
-) -> CompressedSpan:
-    """Compress layers that hold the same tokens.
-
-    Parameters
-    ----------
-    code : SpanCode
-    keys, values : sequences of arrays ``[batch, num_heads, tokens, head_dim]``
-    positions : integer array ``[tokens]``
-    sinks, window : int
-    """
-    code.span.check(keys, values)
-    like = keys[0]
-    xp, where, dtype = array_namespace(*keys, *values), device(like), dtype_name(like.dtype)
-    for x in (*keys, *values):
-        if dtype_name(x.dtype) != dtype:
-            raise DTypeError(
-                f"all layers must have one dtype, got {dtype} and {dtype_name(x.dtype)}"
-            )
-        if device(x) != where:
-            raise NamespaceError(f"all layers must be on one device, got {where} and {device(x)}")
-    tokens = like.shape[2]
-    sinks = min(sinks, tokens)
-    end = max(sinks, tokens - window)
-    place = xp.asarray(positions.astype(np.int32), device=where)
-    payload = span_transform.encode(
-        code,
-        [k[:, :, sinks:end, :] for k in keys],
-        [v[:, :, sinks:end, :] for v in values],
-        place[sinks:end],
-        seq_len=_length(positions),
-    )
-    exact = tuple(
-        (
-            xp.concat([k[:, :, :sinks, :], k[:, :, end:, :]], axis=2),
-            xp.concat([v[:, :, :sinks, :], v[:, :, end:, :]], axis=2),
-        )
-        for k, v in zip(keys, values, strict=True)
-    )
-    start = int(positions[0]) if tokens else 0
-    follow = bool(np.array_equal(positions, start + np.arange(tokens)))
-    return CompressedSpan(
-        payload,
-        exact,
-        start if follow else place,
-        code.fingerprint,
-        tuple((tuple(k.shape), tuple(v.shape)) for k, v in zip(keys, values, strict=True)),
-        dtype,
-        sinks,
-    )
-
-
-def decompress_span(
-    part: CompressedSpan, code: SpanCode, layers: Sequence[int], tokens: slice
-) -> list[tuple[Array, Array]]:
-    """Keys and values of some layers, counted within the span, and some tokens."""
-    like = part.exact[0][0]
-    xp, where = array_namespace(like), device(like)
-    batch, _, count, _ = part.shapes[0][0]
-    first, last, _ = tokens.indices(count)
-    if not batch:
-        shapes = [[(0, s[1], max(0, last - first), s[3]) for s in part.shapes[i]] for i in layers]
-        empty = [[xp.zeros(s, dtype=like.dtype, device=where) for s in pair] for pair in shapes]
-        return [(k, v) for k, v in empty]
-    window = like.shape[2] - part.sinks
-    sinks, end = part.sinks, count - window
-    low, high = (min(max(i, sinks), end) for i in (first, max(first, last)))
-    if isinstance(part.positions, int):
-        positions = part.positions + np.arange(count)
-    else:
-        positions = to_host(part.positions)
-    place = xp.asarray(positions[low:high].astype(np.int32), device=where)
-    # Cast block by block: all in float32 would take twice the memory of what is returned.
-    pieces: list[tuple[list[list[Array]], ...]] = [
-        tuple([[] for _ in range(batch)] for _ in range(2)) for _ in layers
-    ]
-    for b in range(batch):
-        rows, at = b * (end - sinks) + np.arange(low, high) - sinks, 0
-        for block in span_transform.decode(code, part.payload, rows, layers):
-            for layer, x, of_layer in zip(layers, block, pieces, strict=True):
-                cut = place[at : at + x.shape[0]]
-                pair = code.span.split(x, cut, batch=1, layer=layer, seq_len=_length(positions))
-                for of_role, y in zip(of_layer, pair, strict=True):
-                    of_role[b].append(narrow(y, part.dtype))
-            at += span_transform.BLOCK
-    lead = slice(min(first, sinks), min(last, sinks))
-    tail = slice(*(max(i, end) - end + sinks for i in (first, last)))
-    result = []
-    for layer, of_layer in zip(layers, pieces, strict=True):
-        k, v = (
-            _joined(x[:, :, lead, :], of_role, x[:, :, tail, :])
-            for x, of_role in zip(part.exact[layer], of_layer, strict=True)
-        )
-        result.append((k, v))
-        for of_role in of_layer:
-            of_role.clear()
-    return result
-
-
-def _joined(lead: Array, blocks: Sequence[Sequence[Array]], tail: Array) -> Array:
-    """Tokens of a layer: exact ones around the blocks decoded of every sequence."""
-    xp = array_namespace(lead)
-    whole = [
-        xp.concat([lead[b : b + 1, ...], *middle, tail[b : b + 1, ...]], axis=2)
-        for b, middle in enumerate(blocks)
-    ]
-    return xp.concat(whole, axis=0) if len(whole) > 1 else whole[0]
+def check_layers(keys: Sequence[Array], values: Sequence[Array]) -> None:
+    """Raise an error unless keys and values fit each other, layer by layer."""
+    if len(keys) != len(values):
+        raise ShapeError(f"got keys of {len(keys)} layers and values of {len(values)}")
+    for k, v in zip(keys, values, strict=True):
+        array_namespace(k, v)
+        check_shapes(k, v, KVLayout.BATCHED, 4)
+        check_dtypes(k, v)
 
 
 def positions_of(counts: Sequence[int], positions: Array | None) -> list[HostArray]:
@@ -156,5 +54,85 @@ def positions_of(counts: Sequence[int], positions: Array | None) -> list[HostArr
     return [to_host(positions)] * len(counts)
 
 
-def _length(positions: HostArray) -> int:
-    return int(positions.max(initial=0)) + 1
+def compress_spans(
+    method: SpanTransform,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    positions: Sequence[HostArray],
+    ops: Ops,
+    *,
+    sinks: Sequence[int],
+    window: int,
+    nonfinite: str,
+) -> CompressedCache:
+    """Compress the layers of every span together.
+
+    Parameters
+    ----------
+    method : SpanTransform
+    keys, values : sequences of arrays ``[batch, num_heads, tokens, head_dim]``
+        Of all layers, checked.
+    positions : sequence of integer arrays ``[tokens]``
+    ops : Ops
+    sinks : sequence of int
+    window : int
+    nonfinite : {"raise", "saturate"}
+    """
+    known = sorted(layer for code in method.codes for layer in code.span.layers)
+    if known != list(range(len(keys))):
+        raise SettingError(f"the spans have layers {known}, got {len(keys)} layers")
+    ks = [check_finite(k, "keys", ops, nonfinite) for k in keys]
+    vs = [check_finite(v, "values", ops, nonfinite) for v in values]
+    layers = tuple(code.span.layers for code in method.codes)
+    for code, held in zip(method.codes, layers, strict=True):
+        code.span.check([keys[i] for i in held], [values[i] for i in held])
+    spans = [
+        compress_span(
+            code,
+            [ks[i] for i in held],
+            [vs[i] for i in held],
+            positions[held[0]],
+            sinks=sinks[held[0]],
+            window=window,
+        )
+        for code, held in zip(method.codes, layers, strict=True)
+    ]
+    return CompressedCache(tuple(spans), layers)
+
+
+def decompress_layers(
+    compressed: CompressedCache,
+    method: Method | SpanTransform,
+    decompress_layer: Callable[[CompressedKV], tuple[Array, Array]],
+    *,
+    layers: Sequence[int] | None,
+    tokens: slice | None,
+) -> tuple[list[Array], list[Array]]:
+    """Restore layers in the order they are asked for; see `KVCacheCompressor.decompress_cache`.
+
+    `method` has the codes of spans; `decompress_layer` restores what was compressed by itself.
+    """
+    wanted = range(compressed.num_layers) if layers is None else layers
+    for layer in wanted:
+        if layer not in range(compressed.num_layers):
+            raise UnknownLayer(f"there are {compressed.num_layers} layers, not {layer!r}")
+    cut = slice(None) if tokens is None else tokens
+    if cut.step not in (None, 1):
+        raise SettingError(f"tokens must be a slice without steps, got {cut}")
+    restored: dict[int, tuple[Array, Array]] = {}
+    for part, held in zip(compressed.parts, compressed.layers, strict=True):
+        places = [i for i, layer in enumerate(held) if layer in set(wanted)]
+        if not places:
+            continue
+        if isinstance(part, CompressedKV):
+            k, v = decompress_layer(part)
+            restored[held[0]] = k[:, :, cut, :], v[:, :, cut, :]
+            continue
+        if not isinstance(method, SpanTransform):
+            raise CalibrationError(
+                f"this was compressed with the span code {part.fingerprint[:12]}; decompress "
+                "it with a KVCacheCompressor whose method is a SpanTransform with that code"
+            )
+        pairs = decompress_span(part, method.find(part.fingerprint), places, cut)
+        restored |= zip([held[i] for i in places], pairs, strict=True)
+    return [restored[i][0] for i in wanted], [restored[i][1] for i in wanted]

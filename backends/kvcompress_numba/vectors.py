@@ -87,13 +87,14 @@ def _function(result: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def _operator(function: Callable[..., Any], vector: Vector, instruction: str) -> None:
-    @type_callable(function)  # type: ignore[untyped-decorator]
     def typing(_: Any) -> Any:
         return lambda a, b: vector if a == b == vector else None
 
-    @lower_builtin(function, vector, vector)  # type: ignore[untyped-decorator]
     def lower(_: Any, builder: Any, __: Any, values: Any) -> Any:
         return getattr(builder, instruction)(*values)
+
+    type_callable(function)(typing)
+    lower_builtin(function, vector, vector)(lower)
 
 
 _operator(operator.add, floats, "fadd")

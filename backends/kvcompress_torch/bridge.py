@@ -71,7 +71,8 @@ def _stream(device: torch.device) -> AbstractContextManager[Any]:
     import cupy
 
     stream = torch.cuda.current_stream(device)
-    return cupy.cuda.ExternalStream(stream.cuda_stream, device.index)  # type: ignore[no-any-return]
+    same: AbstractContextManager[Any] = cupy.cuda.ExternalStream(stream.cuda_stream, device.index)
+    return same
 
 
 def _view(x: torch.Tensor) -> Any:

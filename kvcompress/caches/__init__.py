@@ -1,6 +1,7 @@
 """Caches that the compressor reads from and writes to; they know nothing of it."""
 
-from kvcompress.caches.mla import MlaCompressedKVCache, MultiHeadLatentAttention
+from kvcompress.caches.latent_attention import MultiHeadLatentAttention
+from kvcompress.caches.mla import MlaCompressedKVCache
 from kvcompress.caches.paged import PagedKVCache
 
 __all__ = ["MlaCompressedKVCache", "MultiHeadLatentAttention", "PagedKVCache"]

@@ -16,6 +16,7 @@ import numpy as np
 from kvcompress.calibration import Calibration
 from kvcompress.cli.console import InputError, progress
 from kvcompress.cli.model import load_model, read_text
+from kvcompress.cli.options import text_option
 from kvcompress.metrics import HostArray
 from kvcompress.spans.calibration import SpanCalibration, spans_of
 
@@ -31,14 +32,7 @@ SAVE_EVERY = 60.0
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "--text",
-    "texts",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    help="Text to run the model on (repeatable: in equal parts).",
-)
+@text_option("Text to run the model on (repeatable: in equal parts).")
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), required=True, help="File to write."
 )

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import click
 from rich.table import Table
 
 import kvcompress
-from kvcompress._namespace import Array, dtype_name, to_host
-from kvcompress.cli.console import InputError, progress, results_table, stdout
+from kvcompress._namespace import dtype_name
+from kvcompress.cli.comparison import Result, measured
+from kvcompress.cli.console import print_json, progress, results_table, stdout
+from kvcompress.cli.figure import check_plot
 from kvcompress.cli.files import Layer, load, sample
 from kvcompress.cli.ladder import NAMES, ladder, settings
-from kvcompress.cli.libraries import LIBRARIES, Library, library_option, median_time
-from kvcompress.cli.plot import check_plot, plot_results
+from kvcompress.cli.libraries import LIBRARIES, library_option
+from kvcompress.cli.options import chosen, json_option, methods_option, plot_option
+from kvcompress.cli.plot import plot_results
 from kvcompress.compressor import KVCacheCompressor
-from kvcompress.methods import Method
-from kvcompress.metrics import HostArray, attention, relative_error, relative_mse
 
 HEADINGS = (
     "method",
@@ -42,44 +39,14 @@ causal attention for the queries given. Both are means over the layers.
 MB/s: megabytes of the original keys and values per second."""
 
 
-@dataclass(frozen=True)
-class Result:
-    """What one method did to all layers; errors are means over the layers.
-
-    Attributes
-    ----------
-    bits_per_value, ratio : float
-        As in `CompressedKV`, over all layers.
-    key_relative_mse, value_relative_mse : float
-    attention_relative_error : float or None
-        None without queries.
-    compress_mb_per_s, decompress_mb_per_s : float
-        Megabytes (1e6) of the original keys and values per second.
-    """
-
-    method: Method
-    bits_per_value: float
-    ratio: float
-    key_relative_mse: float
-    value_relative_mse: float
-    attention_relative_error: float | None
-    compress_mb_per_s: float
-    decompress_mb_per_s: float
-
-
 @click.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
-@click.option("--methods", metavar="A,B", help=f"Only these of {', '.join(NAMES)}.")
+@methods_option(NAMES)
 @library_option
 @click.option("--sinks", type=click.IntRange(0), default=0, help="First tokens kept exact.")
 @click.option("--window", type=click.IntRange(0), default=0, help="Last tokens kept exact.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    metavar="PNG",
-    help="Draw error against bits (.png, .svg, .pdf).",
-)
+@json_option
+@plot_option("Draw error against bits (.png, .svg, .pdf).")
 def compare(
     file: Path | None,
     methods: str | None,
@@ -108,7 +75,7 @@ def compare(
       kvcompress compare cache.npz --methods Hybrid --sinks 4 --window 128
       kvcompress compare --library jax --json > compare.json
     """  # noqa: D301
-    names = _names(methods)
+    names = chosen(methods, NAMES)
     if plot:
         check_plot(plot)
     layers = load(file) if file else sample()
@@ -119,7 +86,7 @@ def compare(
         for name in names
         for method in rungs[name]
     ]
-    results = list(progress(_results(compressors, layers, run), len(compressors), "comparing"))
+    results = list(progress(measured(compressors, layers, run), len(compressors), "comparing"))
     source = file.name if file else "sample"
     if plot:
         plot_results(results, plot, f"{source}: {_shapes(layers)}, {library}")
@@ -134,96 +101,17 @@ def compare(
             "library": library,
             "sinks": sinks,
             "window": window,
-            "results": [_as_json(result) for result in results],
+            "results": [{**asdict(x), "method": x.method.to_dict()} for x in results],
         }
-        click.echo(json.dumps(facts, indent=2, allow_nan=False))
+        print_json(facts)
     else:
         stdout().print(_table(results, f"{source}: {_shapes(layers)}, {library}"))
-
-
-def _names(methods: str | None) -> Sequence[str]:
-    if methods is None:
-        return NAMES
-    known = {name.lower(): name for name in NAMES}
-    asked = [name.strip() for name in methods.split(",")]
-    for name in asked:
-        if name.lower() not in known:
-            raise InputError(f"unknown method {name!r}; known: {', '.join(NAMES)}")
-    return list(dict.fromkeys(known[name.lower()] for name in asked))
-
-
-def _results(
-    compressors: Iterable[tuple[Method, KVCacheCompressor]],
-    layers: Sequence[Layer],
-    library: Library,
-) -> Iterator[Result]:
-    arrays = [(library.array(_batched(x.k)), library.array(_batched(x.v))) for x in layers]
-    outputs = [None if x.q is None else attention(x.q, x.k, x.v) for x in layers]
-    for method, compressor in compressors:
-        yield _result(method, compressor, layers, arrays, outputs, library)
-
-
-def _result(
-    method: Method,
-    compressor: KVCacheCompressor,
-    layers: Sequence[Layer],
-    arrays: Sequence[tuple[Array, Array]],
-    outputs: Sequence[HostArray | None],
-    library: Library,
-) -> Result:
-    compress = library.compile(compressor.compress_kv)
-    decompress = library.compile(compressor.decompress_kv)
-    compress_time, compressed = median_time(
-        lambda: [compress(k, v) for k, v in arrays], repeat=5, budget=0.3
-    )
-    decompress_time, decompressed = median_time(
-        lambda: [decompress(c) for c in compressed], repeat=5, budget=0.3
-    )
-    restored = [
-        (to_host(k).reshape(layer.k.shape), to_host(v).reshape(layer.v.shape))
-        for layer, (k, v) in zip(layers, decompressed, strict=True)
-    ]
-    errors = [
-        relative_error(output, attention(layer.q, *kv))
-        for layer, output, kv in zip(layers, outputs, restored, strict=True)
-        if layer.q is not None and output is not None
-    ]
-    nbytes = sum(c.nbytes for c in compressed)
-    original = sum(c.original_nbytes for c in compressed)
-    values = sum(layer.k.size + layer.v.size for layer in layers)
-    return Result(
-        method=method,
-        bits_per_value=8 * nbytes / values,
-        ratio=original / nbytes,
-        key_relative_mse=fmean(
-            relative_mse(layer.k, k) for layer, (k, _) in zip(layers, restored, strict=True)
-        ),
-        value_relative_mse=fmean(
-            relative_mse(layer.v, v) for layer, (_, v) in zip(layers, restored, strict=True)
-        ),
-        attention_relative_error=fmean(errors) if errors else None,
-        compress_mb_per_s=original / compress_time / 1e6,
-        decompress_mb_per_s=original / decompress_time / 1e6,
-    )
-
-
-def _batched(x: HostArray) -> HostArray:
-    return x.reshape((-1, *x.shape[-3:]))
 
 
 def _shapes(layers: Sequence[Layer]) -> str:
     k, v = layers[0].k, layers[0].v
     shapes = f"k and v {list(k.shape)}" if k.shape == v.shape else f"k {k.shape}, v {v.shape}"
     return f"{len(layers)} layer{'s' * (len(layers) > 1)}, {shapes} {dtype_name(k.dtype)}"
-
-
-def _as_json(result: Result) -> dict[str, Any]:
-    numbers = {
-        name: value if value is None or math.isfinite(value) else None
-        for name, value in asdict(result).items()
-        if name != "method"
-    }
-    return {"method": result.method.to_dict(), **numbers}
 
 
 def _table(results: Sequence[Result], title: str) -> Table:

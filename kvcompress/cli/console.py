@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 from rich.box import SIMPLE_HEAD
@@ -64,6 +66,19 @@ def results_table(
             table.add_row(f"  {label}", *cells)
         table.add_section()
     return table
+
+
+def print_json(facts: dict[str, Any]) -> None:
+    """Print results for programs; what JSON has no word for is null."""
+    click.echo(json.dumps(_finite(facts), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def progress(items: Iterable[T], total: int | None, description: str) -> Iterator[T]:

@@ -7,7 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvcompress.cli.console import InputError
+from kvcompress.cli.figure import save_figure
 from kvcompress.cli.rates import NAMES
 
 if TYPE_CHECKING:
@@ -46,7 +46,4 @@ def plot_curves(reports: Sequence[Report], path: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("KL divergence, nats per token")
     panels[0].legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise InputError(f"--plot {path}: {error.strerror or error}") from error
+    save_figure(figure, path)

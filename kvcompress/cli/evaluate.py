@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -16,10 +14,11 @@ from rich.table import Table
 
 import kvcompress
 from kvcompress.calibration import Calibration
-from kvcompress.cli.console import InputError, progress, results_table, stdout
+from kvcompress.cli.console import InputError, print_json, progress, results_table, stdout
 from kvcompress.cli.curve import plot_curves
+from kvcompress.cli.figure import check_plot
 from kvcompress.cli.model import load_model, read_text
-from kvcompress.cli.plot import check_plot
+from kvcompress.cli.options import chosen, json_option, methods_option, plot_option, text_option
 from kvcompress.cli.rates import NAMES, SPAN, TRANSFORM, compressors, supports
 from kvcompress.cli.scoring import Report, Result, Row, Tally, result, score
 from kvcompress.methods import SpanTransform
@@ -54,14 +53,7 @@ its {model:.0f} MB in 16 bits. {tokens:,.0f} tokens save as much."""
 
 @click.command()
 @click.argument("model")
-@click.option(
-    "--text",
-    "texts",
-    type=click.Path(path_type=Path),
-    multiple=True,
-    required=True,
-    help="Text to predict (repeatable: each by itself).",
-)
+@text_option("Text to predict (repeatable: each by itself).")
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
@@ -74,7 +66,7 @@ its {model:.0f} MB in 16 bits. {tokens:,.0f} tokens save as much."""
     metavar="CAL",
     help=f"What kvcompress calibrate --span model wrote, for {SPAN}.",
 )
-@click.option("--methods", metavar="A,B", help=f"Only these of {', '.join(NAMES)}.")
+@methods_option(NAMES)
 @click.option("--bits", default="1,1.5,2,3,4", show_default=True, help="Rates, where a method can.")
 @click.option(
     "--prefix", type=click.IntRange(1), default=1536, show_default=True, help="Tokens compressed."
@@ -99,13 +91,8 @@ its {model:.0f} MB in 16 bits. {tokens:,.0f} tokens save as much."""
     show_default=True,
     help="Last tokens kept exact.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path),
-    metavar="PNG",
-    help="Draw KL against bits (.png, .svg, .pdf).",
-)
+@json_option
+@plot_option("Draw KL against bits (.png, .svg, .pdf).")
 def evaluate(
     model: str,
     texts: tuple[Path, ...],
@@ -139,7 +126,7 @@ def evaluate(
     contents = [read_text(text) for text in texts]
     known = Calibration.load(_existing(calibration)) if calibration else None
     joint = SpanCalibration.load(_existing(spans)) if spans else None
-    names, rates = _names(methods), _rates(bits)
+    names, rates = chosen(methods, NAMES), _rates(bits)
     if joint is None:
         if methods is not None and SPAN in names:
             raise InputError(
@@ -186,9 +173,9 @@ def evaluate(
             "sinks": sinks,
             "window": window,
             "dtype": lm.cache_dtype,
-            "texts": [_as_json(asdict(report)) for report in reports],
+            "texts": [asdict(report) for report in reports],
         }
-        click.echo(json.dumps(facts, indent=2, allow_nan=False))
+        print_json(facts)
         return
     for report in reports:
         perplexity = f"{report.text}, perplexity {report.perplexity:.2f}"
@@ -200,17 +187,6 @@ def _existing(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     return path
-
-
-def _names(methods: str | None) -> Sequence[str]:
-    if methods is None:
-        return NAMES
-    known = {name.lower(): name for name in NAMES}
-    asked = [name.strip() for name in methods.split(",")]
-    for name in asked:
-        if name.lower() not in known:
-            raise InputError(f"unknown method {name!r}; known: {', '.join(NAMES)}")
-    return list(dict.fromkeys(known[name.lower()] for name in asked))
 
 
 def _rates(bits: str) -> list[float]:
@@ -227,15 +203,6 @@ def _places(chunks: HostArray, count: int, text: Path) -> HostArray:
             f"{text} holds {len(chunks)} sequences of {chunks.shape[1]} tokens, fewer than {count}"
         )
     return chunks[(2 * np.arange(count) + 1) * len(chunks) // (2 * count)]
-
-
-def _as_json(value: Any) -> Any:
-    """Replace what JSON has no word for."""
-    if isinstance(value, dict):
-        return {name: _as_json(x) for name, x in value.items()}
-    if isinstance(value, list):
-        return [_as_json(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _codes(rows: Sequence[Row], results: Sequence[Result], model: int) -> list[str]:

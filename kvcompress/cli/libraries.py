@@ -68,20 +68,20 @@ class Library:
         return peak - held
 
 
-class Jax(Library):
+class _Jax(Library):
     """JAX: compiled, asynchronous; XLA says what a program will hold."""
 
     module = "jax.numpy"
     compiles = True
 
-    def compile(self, function: Callable[..., T]) -> Callable[..., T]:  # noqa: D102
+    def compile(self, function: Callable[..., T]) -> Callable[..., T]:
         return _Program(function)
 
-    def memcpy(self, x: Array) -> Callable[[], Any]:  # noqa: D102
+    def memcpy(self, x: Array) -> Callable[[], Any]:
         copy = self.compile(self.xp.copy)
         return lambda: copy(x)
 
-    def peak(self, function: Any, *args: Any) -> int | None:  # noqa: D102
+    def peak(self, function: Any, *args: Any) -> int | None:
         memory = function.program.lower(*args).compile().memory_analysis()
         return None if memory is None else int(memory.temp_size_in_bytes)
 
@@ -99,20 +99,20 @@ class _Program:
         return self._wait(self.program(*args))
 
 
-class Torch(Library):
+class _Torch(Library):
     """PyTorch on the CPU: eager; nobody counts its memory."""
 
     module = "torch"
 
-    def memcpy(self, x: Array) -> Callable[[], Any]:  # noqa: D102
+    def memcpy(self, x: Array) -> Callable[[], Any]:
         target = self.xp.empty_like(x)
         return lambda: target.copy_(x)
 
-    def peak(self, function: Any, *args: Any) -> int | None:  # noqa: D102
+    def peak(self, function: Any, *args: Any) -> int | None:
         return None
 
 
-LIBRARIES: dict[str, type[Library]] = {"numpy": Library, "jax": Jax, "torch": Torch}
+LIBRARIES: dict[str, type[Library]] = {"numpy": Library, "jax": _Jax, "torch": _Torch}
 
 
 def installed() -> list[str]:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvcompress.cli.console import InputError
+from kvcompress.cli.figure import save_figure
 from kvcompress.cli.ladder import NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from kvcompress.cli.compare import Result
+    from kvcompress.cli.comparison import Result
 
 COLORS = dict(
     zip(NAMES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), strict=True)
@@ -26,21 +26,6 @@ PANELS = {
     "value_relative_mse": "values: rel-MSE",
     "attention_relative_error": "attention output: relative error",
 }
-
-
-def check_plot(path: Path) -> None:
-    """Raise `InputError` unless a picture can be written to `path`; before any work is done."""
-    try:
-        from matplotlib.backend_bases import FigureCanvasBase
-    except ModuleNotFoundError as error:
-        raise InputError(
-            "--plot needs matplotlib; install it with: python -m pip install 'kvcompress[cli]'"
-        ) from error
-    known = FigureCanvasBase.get_supported_filetypes()
-    if path.suffix.removeprefix(".") not in known:
-        raise InputError(f"--plot {path}: the suffix must be one of .{', .'.join(known)}")
-    if not path.parent.is_dir():
-        raise InputError(f"--plot {path}: no such directory: {path.parent}")
 
 
 def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
@@ -66,10 +51,7 @@ def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
         ncols=3,
         frameon=False,
     )
-    try:
-        figure.savefig(path, dpi=150)
-    except OSError as error:
-        raise InputError(f"--plot {path}: {error.strerror or error}") from error
+    save_figure(figure, path)
 
 
 def _panel(axes: Axes, results: Sequence[Result], error: str) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcompress.integrations.transformers import LanguageModel, cached_kv, replace_kv
+from kvcompress.integrations.model_cache import cached_kv, replace_kv
+from kvcompress.integrations.transformers import LanguageModel
 from kvcompress.layer_statistics import HostArray
 
 READ = 0.75

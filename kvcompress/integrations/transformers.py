@@ -1,38 +1,42 @@
-"""Models of Hugging Face transformers: what attention reads, caches replaced, what that changes.
+"""Models of Hugging Face transformers: what they read of a text, what a changed cache does to them.
 
 Needs the extra ``hf``.
 """
 
 from __future__ import annotations
 
-import copy
-import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from kvcompress._namespace import narrow, to_host
 from kvcompress.errors import ShapeError, UnsupportedModel
+from kvcompress.integrations.model_cache import KV, cached_kv, replace_kv
+from kvcompress.integrations.recording import AttentionCall, record_attention
 from kvcompress.metrics import HostArray, relative_error
 from kvcompress.rope import RoPE
 from kvcompress.spans.span import SpanLayer
 
-Tensor: TypeAlias = Any
-Cache: TypeAlias = Any
-KV: TypeAlias = Mapping[int, tuple[Tensor, Tensor]]
-"""Keys and values ``[batch, num_heads, tokens, head_dim]`` by layer."""
+__all__ = [
+    "KV",
+    "AttentionCall",
+    "Continuation",
+    "LanguageModel",
+    "Score",
+    "cached_kv",
+    "capture",
+    "load_model",
+    "record_attention",
+    "replace_kv",
+    "span_layers",
+]
 
 _ROWS = 64
 """Next-token distributions compared at a time."""
@@ -111,84 +115,6 @@ def load_model(source: str | PathLike[str], /) -> LanguageModel:
     return LanguageModel(model.eval().to("cuda" if gpu else "cpu"), tokenizer, cache_dtype)
 
 
-@dataclass(frozen=True, eq=False)
-class AttentionCall:
-    """What attention was given in one layer.
-
-    Attributes
-    ----------
-    layer : int
-    query : Tensor ``[batch, num_query_heads, queries, head_dim]``
-        After RoPE, and scaled so that the logits are ``query @ key.T / sqrt(head_dim)``.
-    key, value : Tensors ``[batch, num_heads, tokens, head_dim]``
-        After RoPE; all that the queries may read.
-    attend : callable
-        From key and value to the model's own attention output, float32
-        ``[batch, queries, num_query_heads, head_dim]``, for the same queries and mask.
-    """
-
-    layer: int
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attend: Callable[[Tensor, Tensor], Tensor]
-
-
-_record: ContextVar[Callable[[AttentionCall], None]] = ContextVar("record")
-
-
-@contextmanager
-def record_attention(model: Any, record: Callable[[AttentionCall], None], /) -> Iterator[None]:
-    """Call `record` whenever a layer of `model` attends.
-
-    Raises
-    ------
-    UnsupportedModel
-        If the model attends in another way than "sdpa" or "eager", or not through the attention
-        interface of transformers.
-    """
-    implementation = model.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        raise UnsupportedModel(
-            f"the model attends by {implementation!r}; load it with attn_implementation "
-            '"sdpa" or "eager"'
-        )
-    token = _record.set(record)
-    model.set_attn_implementation(_recording(implementation))
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(implementation)
-        _record.reset(token)
-
-
-def _recording(implementation: str) -> str:
-    """Register, and name, the attention that does what `implementation` does, and records it."""
-    name = f"kvcompress_{implementation}"
-
-    def attend(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
-    ) -> Any:
-        # Every model has its own "eager", next to its layers.
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        original = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-
-        def again(key: Tensor, value: Tensor) -> Tensor:
-            wide = mask.float() if mask is not None and mask.is_floating_point() else mask
-            tensors = (x.float() for x in (query, key, value))
-            return original(module, *tensors, wide, **options)[0]
-
-        head_dim = query.shape[-1]
-        scale = (options.get("scaling") or head_dim**-0.5) * math.sqrt(head_dim)
-        _record.get()(AttentionCall(module.layer_idx, query * scale, key, value, again))
-        return original(module, query, key, value, mask, **options)
-
-    AttentionInterface.register(name, attend)
-    # Without its mask, attention over a cache would be causal from the wrong token on.
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
-    return name
-
-
 def capture(lm: LanguageModel, tokens: HostArray, /) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
     """Run the model on a text, and return what attention reads.
 
@@ -236,59 +162,6 @@ def span_layers(lm: LanguageModel, /) -> dict[int, tuple[SpanLayer, int | None]]
         window = getattr(cache.layers[index], "sliding_window", None)
         found[place] = SpanLayer(k.shape[1], k.shape[3], v.shape[3], rope), window
     return found
-
-
-def cached_kv(cache: Cache, /) -> dict[int, tuple[Tensor, Tensor]]:
-    """Keys and values ``[batch, num_heads, tokens, head_dim]`` that a cache holds, by layer.
-
-    Layers with a sliding window hold the last tokens only. Layers that read the cache of another
-    one hold nothing, and are left out.
-
-    Raises
-    ------
-    UnsupportedModel
-        If a layer is not one of a ``DynamicCache`` with keys and values.
-    """
-    held = {}
-    for index, layer in enumerate(cache.layers):
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
-            raise UnsupportedModel(
-                f"layer {index} of the cache is a {type(layer).__name__}; "
-                "known are DynamicLayer and DynamicSlidingWindowLayer"
-            )
-        if not isinstance(layer, DummyLayer) and layer.is_initialized:
-            held[index] = layer.keys, layer.values
-    return held
-
-
-def replace_kv(cache: Cache, kv: KV, /) -> Cache:
-    """Return a copy of a cache that holds other keys and values of the same tokens.
-
-    Parameters
-    ----------
-    cache : transformers.Cache
-        Not changed, nor by what is done to the copy.
-    kv : mapping of layer to keys and values
-        For every layer that `cached_kv` gives, of the same shapes, any floating dtype.
-
-    Raises
-    ------
-    ShapeError
-        If layers or shapes are others.
-    UnsupportedModel
-    """
-    held = cached_kv(cache)
-    if held.keys() != kv.keys():
-        raise ShapeError(f"expected keys and values of layers {list(held)}, got {list(kv)}")
-    # A layer never writes into its tensors, it concatenates: a shallow copy is one of its own.
-    copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
-    for index, pair in held.items():
-        layer = copied.layers[index]
-        layer.keys, layer.values = (
-            _like(new, old, f"layer {index}") for new, old in zip(kv[index], pair, strict=True)
-        )
-    return copied
 
 
 @dataclass(frozen=True, eq=False)
@@ -428,9 +301,3 @@ def _of_layers(calls: Mapping[int, AttentionCall], kv: KV) -> dict[int, Attentio
 
 def _batch(lm: LanguageModel, tokens: HostArray | Sequence[int]) -> Tensor:
     return torch.as_tensor(tokens, device=lm.model.device)[None]
-
-
-def _like(new: Tensor, old: Tensor, name: str) -> Tensor:
-    if new.shape != old.shape:
-        raise ShapeError(f"{name} holds {tuple(old.shape)}, got {tuple(new.shape)}")
-    return new.to(dtype=old.dtype, device=old.device)

@@ -75,9 +75,9 @@ class Case:
 
 def generic(op: str) -> Callable[..., Any]:
     """Return the operation called `op`; with ``_paged``, one that first gathers from a pool."""
+    plain: Callable[..., Any] = getattr(ops, op.removesuffix("_paged"))
     if not op.endswith("_paged"):
-        return getattr(ops, op)  # type: ignore[no-any-return]
-    plain = getattr(ops, op.removesuffix("_paged"))
+        return plain
     return lambda pool, slots, **static: plain(ops.gather_slots(pool, slots), **static)
 
 

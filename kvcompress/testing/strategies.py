@@ -159,5 +159,6 @@ def _finfo(name: str) -> Any:
     if name == "bfloat16":
         import ml_dtypes
 
-        return ml_dtypes.finfo(name)  # type: ignore[no-untyped-call]
+        finfo: Any = ml_dtypes.finfo
+        return finfo(name)
     return np.finfo(name)
