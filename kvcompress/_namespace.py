@@ -130,13 +130,6 @@ def astype(x: Array, name: str) -> Array:
     return xp.astype(x, dtype_of(xp, name), copy=False)
 
 
-def narrow(x: Array, name: str) -> Array:
-    """Cast `x` to the dtype called `name`; what exceeds float16 becomes its largest."""
-    if name == "float16" != dtype_name(x.dtype):
-        x = compat.array_namespace(x).clip(x, -65504.0, 65504.0)
-    return astype(x, name)
-
-
 def map_blocks(function: Callable[..., Any], rows: int, *arrays: Array) -> Any:
     """Apply `function`, which maps rows one by one, to at most `rows` rows of `arrays` at a time.
 

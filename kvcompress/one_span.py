@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kvcompress._namespace import Array, array_namespace, device, dtype_name, narrow, to_host
+from kvcompress._namespace import Array, array_namespace, device, dtype_name, to_host
 from kvcompress.compressed_cache import CompressedSpan
 from kvcompress.errors import DTypeError, NamespaceError
 from kvcompress.layer_statistics import HostArray
 from kvcompress.methods import span_transform
+from kvcompress.ops.casting import cast
 from kvcompress.spans.code import SpanCode
 
 
@@ -103,7 +104,7 @@ def decompress_span(
                 cut = place[at : at + x.shape[0]]
                 pair = code.span.split(x, cut, batch=1, layer=layer, seq_len=_length(positions))
                 for of_role, y in zip(of_layer, pair, strict=True):
-                    of_role[b].append(narrow(y, part.dtype))
+                    of_role[b].append(cast(y, dtype=part.dtype))
             at += span_transform.BLOCK
     lead = slice(min(first, sinks), min(last, sinks))
     tail = slice(*(max(i, end) - end + sinks for i in (first, last)))

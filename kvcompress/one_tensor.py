@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import math
 
-from kvcompress._namespace import Array, array_namespace, dtype_name, narrow
+from kvcompress._namespace import Array, array_namespace, dtype_name
 from kvcompress.backend import Ops
 from kvcompress.checks import LARGEST
 from kvcompress.compressed import CompressedTensor
 from kvcompress.methods.base import Method, Role, TensorSpec
+from kvcompress.ops.casting import cast
 from kvcompress.ops.slots import Paged
 
 
@@ -63,7 +64,7 @@ def decode(
     What `Method.detach` left out is taken from `known`.
     """
     x = tensor.method.attach(known).decode(tensor.payload, tensor.spec, tensor.role, ops)
-    x = narrow(x, tensor.spec.dtype)
+    x = ops(cast, x, dtype=tensor.spec.dtype)
     xp = array_namespace(x)
     if tensor.exact is not None:
         x = xp.concat([tensor.exact[:, :sinks, :], x, tensor.exact[:, sinks:, :]], axis=1)

@@ -14,9 +14,8 @@ import oracle
 import pytest
 
 from kvcompress import Hybrid, LowRank, Method, TensorSpec, VectorQuantization
-from kvcompress._namespace import narrow
 from kvcompress.backend import Ops
-from kvcompress.ops import AffineSpec, dequantize, pack, quantize, unpack
+from kvcompress.ops import AffineSpec, cast, dequantize, pack, quantize, unpack
 from kvcompress.ops.packing import code_dtype
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -134,8 +133,8 @@ def test_quantize(xp, name):
 
 
 def decode(payload, *, method, spec):
-    """As the compressor does: `narrow` casts what the method restores."""
-    return narrow(method.decode(payload, spec, "keys", Ops()), spec.dtype)
+    """As the compressor does: `cast` narrows what the method restores."""
+    return cast(method.decode(payload, spec, "keys", Ops()), dtype=spec.dtype)
 
 
 @pytest.mark.parametrize("name", names("method"))

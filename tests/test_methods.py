@@ -24,8 +24,8 @@ from kvcompress import (
     VectorQuantization,
     methods,
 )
-from kvcompress._namespace import narrow
 from kvcompress.backend import Ops
+from kvcompress.ops import cast
 from kvcompress.testing import strategies as kvst
 
 DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": ml_dtypes.bfloat16}
@@ -50,8 +50,8 @@ def encode(x, *, method):
 
 
 def decode(payload, *, method, spec):
-    """As the compressor does: `narrow` casts what the method restores."""
-    return narrow(method.decode(payload, spec, "keys", Ops()), spec.dtype)
+    """As the compressor does: `cast` narrows what the method restores."""
+    return cast(method.decode(payload, spec, "keys", Ops()), dtype=spec.dtype)
 
 
 def spec_of(x):

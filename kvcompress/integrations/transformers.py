@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from kvcompress._namespace import narrow, to_host
+from kvcompress._namespace import to_host
 from kvcompress.errors import ShapeError, UnsupportedModel
 from kvcompress.integrations.model_cache import KV, cached_kv, replace_kv
 from kvcompress.integrations.recording import AttentionCall, record_attention
 from kvcompress.metrics import HostArray, relative_error
+from kvcompress.ops.casting import cast
 from kvcompress.rope import RoPE
 from kvcompress.spans.span import SpanLayer
 
@@ -226,7 +227,7 @@ class Continuation:
             read = lm.model.base_model(_batch(lm, tokens[:prefix]), use_cache=True)
         self._cache = read.past_key_values
         self.kv: KV = {
-            layer: (narrow(k, lm.cache_dtype), narrow(v, lm.cache_dtype))
+            layer: (cast(k, dtype=lm.cache_dtype), cast(v, dtype=lm.cache_dtype))
             for layer, (k, v) in cached_kv(self._cache).items()
         }
         self.partial = frozenset(i for i, (k, _) in self.kv.items() if k.shape[-2] < prefix)

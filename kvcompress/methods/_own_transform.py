@@ -12,7 +12,6 @@ from kvcompress._namespace import (
     dtype_name,
     look_up,
     map_matrices,
-    narrow,
 )
 from kvcompress.backend import Ops
 from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
@@ -25,6 +24,7 @@ from kvcompress.ops.allocated import (
     quantize_allocated,
     round_allocated,
 )
+from kvcompress.ops.casting import cast
 from kvcompress.ops.packing import packed_size
 from kvcompress.ops.pca import principal_components
 
@@ -61,12 +61,12 @@ def encoded_spec(bits: float, spec: TensorSpec) -> Mapping[str, TensorSpec]:
 def encode(bits: float, x: Array, ops: Ops) -> tuple[Payload, Errors]:
     """Payload of a tensor, and what tells its errors."""
     xp, dtype, total = array_namespace(x), dtype_name(x.dtype), _bits(bits, x.shape[-1])
-    scaled, norm, peak = norms(astype(x, "float32"))
+    scaled, norm, peak = norms(ops(cast, x, dtype="float32"))
     unit = scaled * inverse(norm)
     payload = _encode(total, unit, dtype, ops)
     direction = _decode(total, payload, ops)
     gain = best_gain(*(xp.vecdot(x, direction)[..., None] for x in (unit, direction)))
-    codes, lower, upper = ops(quantize, narrow(norm * gain * peak, dtype), spec=_gains(dtype))
+    codes, lower, upper = ops(quantize, cast(norm * gain * peak, dtype=dtype), spec=_gains(dtype))
     gains = {"gain_codes": codes, "gain_lower": lower, "gain_upper": upper}
 
     def errors() -> Array:
@@ -96,12 +96,12 @@ def _encode(total: int, x: Array, dtype: str, ops: Ops) -> Payload:
         "mean": astype(principal.mean, dtype),
         "scale": principal.scale,
     }
-    x = astype(x, "float32") / principal.scale - astype(payload["mean"], "float32")
+    x = x / principal.scale - astype(payload["mean"], "float32")
     # By the inverse of the basis as it will be decoded: its rounding then costs nothing.
     y = x @ xp.matrix_transpose(map_matrices(xp.linalg.inv, _basis(payload, ops)))
     deviation = xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True) / max(x.shape[-2], 1))
     payload["depths"] = allocate((deviation * deviation)[:, 0, :], total)
-    payload["step"] = narrow(_best_step(y, deviation, payload["depths"]), dtype)
+    payload["step"] = cast(_best_step(y, deviation, payload["depths"]), dtype=dtype)
     y = _over(y, astype(payload["step"], "float32"))
     payload["codes"] = ops(quantize_allocated, y, payload["depths"], bits=total)
     return payload

@@ -14,7 +14,6 @@ from kvcompress._namespace import (
     Array,
     Namespace,
     array_namespace,
-    astype,
     device,
     is_concrete,
 )
@@ -25,6 +24,7 @@ from kvcompress.layer_statistics import HostArray
 from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
 from kvcompress.methods._spans import join_batch, join_heads, split_batch, split_heads
 from kvcompress.methods.base import Payload, Role, TensorSpec
+from kvcompress.ops.casting import cast
 from kvcompress.ops.product import decode_product, encode_product
 
 NORM_STEP = 12 / 254
@@ -52,7 +52,8 @@ def encoded_spec(code: LayerCode, spec: TensorSpec, role: Role) -> Mapping[str, 
 def encode(code: LayerCode, x: Array, role: Role, ops: Ops) -> tuple[Payload, Errors]:
     """Payload of a tensor, and what tells its errors: as the attention logits see those of keys."""
     xp, tables = array_namespace(x), _tables(code, role, x)
-    batch, tokens, full = x.shape[0] // tables.heads, x.shape[1], astype(x, "float32")
+    batch, tokens = x.shape[0] // tables.heads, x.shape[1]
+    full = ops(cast, x, dtype="float32")
     if role == "values":
         scaled, norm, peak = norms(full)
         full = scaled * inverse(norm)

@@ -14,6 +14,7 @@ from kvcompress.methods import _grouped
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.methods.low_rank import basis_spec
 from kvcompress.ops.affine import AffineSpec
+from kvcompress.ops.casting import cast
 from kvcompress.ops.outliers import gather_rows, largest, put_rows
 from kvcompress.ops.pca import Principal, principal_components, reconstruct
 
@@ -72,7 +73,8 @@ class Hybrid(Method):
     def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
         xp, dtype = array_namespace(x), dtype_name(x.dtype)
         heads, tokens, _ = x.shape
-        principal, coefficients = principal_components(x, self.rank)
+        wide = ops(cast, x, dtype="float32")
+        principal, coefficients = principal_components(wide, self.rank, dtype=dtype)
         index, value = self._outliers(coefficients)
         if index.shape[1]:
             flat = xp.reshape(coefficients, (heads, tokens * self.rank))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from kvcompress._namespace import FLOATING, Array, array_namespace, astype, dtype_name
+from kvcompress._namespace import FLOATING, Array, array_namespace, dtype_name
 from kvcompress.backend import Ops
 from kvcompress.errors import (
     DTypeError,
@@ -17,6 +17,7 @@ from kvcompress.errors import (
     check_integer,
 )
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
+from kvcompress.ops.casting import cast
 from kvcompress.ops.pca import Principal, principal_components, reconstruct, variances
 
 
@@ -86,12 +87,14 @@ class LowRank(Method):
         return {"coefficients": coefficients, **basis_spec(spec, self.rank)}
 
     def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
-        principal, coefficients = principal_components(x, self.rank)
-        return {"coefficients": astype(coefficients, dtype_name(x.dtype)), **principal._asdict()}
+        dtype = dtype_name(x.dtype)
+        wide = ops(cast, x, dtype="float32")
+        principal, coefficients = principal_components(wide, self.rank, dtype=dtype)
+        return {"coefficients": ops(cast, coefficients, dtype=dtype), **principal._asdict()}
 
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
         arrays = dict(payload)
-        coefficients = arrays.pop("coefficients")
+        coefficients = ops(cast, arrays.pop("coefficients"), dtype="float32")
         return reconstruct(Principal(**arrays), coefficients)
 
 

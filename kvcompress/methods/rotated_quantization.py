@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvcompress._namespace import Array, dtype_name, narrow
+from kvcompress._namespace import Array, dtype_name
 from kvcompress.backend import Ops
 from kvcompress.errors import check_integer
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
+from kvcompress.ops.casting import cast
 from kvcompress.ops.rotated import RotatedSpec, dequantize_rotated, quantize_rotated
 
 
@@ -60,7 +61,7 @@ class RotatedQuantization(Method):
         dtype = dtype_name(x.dtype)
         codes, gain = ops(quantize_rotated, x, spec=self._spec)
         # Cast first: the gain of a token of 65504s, corrected, is a little more.
-        gain_codes, lower, upper = ops(quantize, narrow(gain, dtype), spec=_gains(dtype))
+        gain_codes, lower, upper = ops(quantize, cast(gain, dtype=dtype), spec=_gains(dtype))
         return {"codes": codes, "gain_codes": gain_codes, "gain_lower": lower, "gain_upper": upper}
 
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:

@@ -10,6 +10,7 @@ from kvcompress._namespace import Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Ops
 from kvcompress.errors import SettingError, check_fraction, check_integer
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
+from kvcompress.ops.casting import cast
 from kvcompress.ops.kmeans import kmeans, lookup, nearest
 from kvcompress.ops.outliers import gather_rows, largest, put_rows
 from kvcompress.ops.packing import pack, packed_size, unpack
@@ -73,7 +74,7 @@ class VectorQuantization(Method):
     def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
         xp, dtype = array_namespace(x), dtype_name(x.dtype)
         heads, tokens, head_dim = x.shape
-        centered, mean, scale = center(x)
+        centered, mean, scale = center(ops(cast, x, dtype="float32"), dtype=dtype)
         dim = self._dim(head_dim)
         places = head_dim // dim
         vectors = xp.reshape(centered, (heads * tokens * places, dim))

@@ -12,7 +12,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvcompress._namespace import Array, array_namespace, astype, dtype_name, extremes, narrow
+from kvcompress._namespace import Array, array_namespace, astype, dtype_name, extremes
+from kvcompress.ops.casting import cast
 from kvcompress.ops.packing import pack, packed_size, unpack
 
 TINY = 2.0**-100
@@ -103,7 +104,7 @@ def dequantize(
     spec : AffineSpec
     channels : int
     dtype : {"float16", "bfloat16", "float32"}
-        Of the result, to which the float32 values are narrowed: what exceeds float16 becomes its
+        Of the result, to which the float32 values are cast: what exceeds float16 becomes its
         largest.
 
     Returns
@@ -118,7 +119,7 @@ def dequantize(
     start = xp.expand_dims(astype(lower, "float32"), axis=axis)
     extent = xp.expand_dims(astype(upper, "float32"), axis=axis) - start
     groups = groups * (extent * (1.0 / (2**spec.bits - 1))) + start
-    return narrow(_ungroup(xp, groups, tokens, channels, axis), dtype)
+    return cast(_ungroup(xp, groups, tokens, channels, axis), dtype=dtype)
 
 
 def _canonical(xp: Any, x: Array) -> Array:

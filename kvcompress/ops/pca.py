@@ -32,7 +32,9 @@ class Principal(NamedTuple):
     scale: Array
 
 
-def principal_components(x: Array, rank: int) -> tuple[Principal, Array]:
+def principal_components(
+    x: Array, rank: int, *, dtype: str | None = None
+) -> tuple[Principal, Array]:
     """Fit the `rank` principal components of every head and project on them.
 
     Parameters
@@ -40,6 +42,8 @@ def principal_components(x: Array, rank: int) -> tuple[Principal, Array]:
     x : array ``[heads, tokens, channels]``, floating
     rank : int
         1 to `channels`.
+    dtype : {"float16", "bfloat16", "float32"}, optional
+        Of basis and mean; that of `x` if left out.
 
     Returns
     -------
@@ -47,10 +51,11 @@ def principal_components(x: Array, rank: int) -> tuple[Principal, Array]:
     coefficients : array ``[heads, tokens, rank]``, float32
         Magnitudes at most ``2 * sqrt(channels)``.
     """
-    centered, mean, scale = center(x)
+    dtype = dtype or dtype_name(x.dtype)
+    centered, mean, scale = center(x, dtype=dtype)
     _, basis = _eigh(centered)
     # A copy: a slice would keep all the components alive.
-    basis = astype(array_namespace(x).asarray(basis[..., :rank], copy=True), dtype_name(x.dtype))
+    basis = astype(array_namespace(x).asarray(basis[..., :rank], copy=True), dtype)
     return Principal(basis, mean, scale), centered @ astype(basis, "float32")
 
 
@@ -83,23 +88,25 @@ def variances(x: Array) -> Array:
     return _eigh(centered)[0]
 
 
-def center(x: Array) -> tuple[Array, Array, Array]:
+def center(x: Array, *, dtype: str | None = None) -> tuple[Array, Array, Array]:
     """Scale every head to magnitudes of at most 1 and take its mean away.
 
     Parameters
     ----------
     x : array ``[heads, tokens, channels]``, floating
+    dtype : {"float16", "bfloat16", "float32"}, optional
+        Of the mean; that of `x` if left out.
 
     Returns
     -------
     centered : array ``[heads, tokens, channels]``, float32
         ``x / scale - mean``.
-    mean : array ``[heads, 1, channels]``, dtype of `x`
+    mean : array ``[heads, 1, channels]`` of `dtype`
     scale : array ``[heads, 1, 1]``, float32
         Largest magnitude of the head, 1 for a head of zeros.
     """
     xp = array_namespace(x)
-    name, (heads, tokens, _) = dtype_name(x.dtype), x.shape
+    name, (heads, tokens, _) = dtype or dtype_name(x.dtype), x.shape
     x = astype(x, "float32")
     if tokens:
         peak = xp.max(xp.abs(x), axis=(-2, -1), keepdims=True)

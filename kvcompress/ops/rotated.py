@@ -17,10 +17,10 @@ from kvcompress._namespace import (
     device,
     look_up,
     map_blocks,
-    narrow,
     values_at_a_time,
 )
 from kvcompress.ops.affine import TINY
+from kvcompress.ops.casting import cast
 from kvcompress.ops.hadamard import hadamard, inverse_hadamard
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
 from kvcompress.ops.packing import pack, packed_size, unpack
@@ -103,7 +103,7 @@ def dequantize_rotated(
     spec : RotatedSpec
     channels : int
     dtype : {"float16", "bfloat16", "float32"}
-        Of the result, to which the float32 values are narrowed: what exceeds float16 becomes its
+        Of the result, to which the float32 values are cast: what exceeds float16 becomes its
         largest.
 
     Returns
@@ -127,7 +127,7 @@ def _dequantize_rows(
     codes = unpack(codes, spec.bits, channels)
     x = inverse_hadamard(_levels(codes, spec.bits), seed=spec.seed)
     # No source was larger, so this cannot hurt, and float32 cannot overflow.
-    return narrow(xp.clip(x * astype(gain, "float32"), -(2.0**126), 2.0**126), dtype)
+    return cast(xp.clip(x * astype(gain, "float32"), -(2.0**126), 2.0**126), dtype=dtype)
 
 
 def _rows(x: Array, channels: int) -> int:

@@ -147,7 +147,7 @@ struct Rows {
 
 constexpr float HALF_MAX = 65504.0f;
 
-// What exceeds float16 becomes its largest, as kvcompress._namespace.narrow has it.
+// What exceeds float16 becomes its largest, as kvcompress.ops.cast has it.
 __device__ __forceinline__ void narrow(float x, Float16 &out) {
     from_float(fminf(fmaxf(x, -HALF_MAX), HALF_MAX), out);
 }
