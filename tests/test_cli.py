@@ -294,7 +294,7 @@ def test_settings_are_those_that_are_not_defaults():
 
 
 OPERATIONS = [
-    *["within", "quantize", "dequantize", "quantize", "dequantize"],
+    *["within", "cast", "quantize", "dequantize", "quantize", "dequantize"],
     *["quantize_rotated", "dequantize_rotated", "clip_groups", "nearest", "lookup"],
 ]
 

@@ -223,6 +223,8 @@ def _operations(x: Array, library: Library) -> Iterator[tuple[Any, ...]]:
     """Operation, setting, what is coded or restored, arguments, static arguments."""
     xp, channels = library.xp, x.shape[-1]
     yield ops.within, "", x, (x,), {"limit": 65504.0}
+    wide = xp.astype(x, xp.float32)
+    yield ops.cast, "to float16", wide, (wide,), {"dtype": "float16"}
     for axis in ("channel", "token"):
         spec = AffineSpec(BITS, GROUP, axis)
         setting = f"{BITS} bits, {GROUP} a group, per {axis}"
@@ -239,7 +241,7 @@ def _operations(x: Array, library: Library) -> Iterator[tuple[Any, ...]]:
     clipped = AffineSpec(2, GROUP, "token")
     yield ops.clip_groups, f"2 bits, {GROUP} a group, per token", x, (x,), {"spec": clipped}
     dim = math.gcd(VECTOR_DIM, channels)
-    vectors = xp.reshape(xp.astype(x, xp.float32), (-1, dim))
+    vectors = xp.reshape(wide, (-1, dim))
     codebook = vectors[:CODEBOOK, :]
     setting = f"{codebook.shape[0]} codes of {dim} values"
     yield ops.nearest, setting, vectors, (vectors, codebook), {}

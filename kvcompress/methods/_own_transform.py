@@ -61,8 +61,8 @@ def encoded_spec(bits: float, spec: TensorSpec) -> Mapping[str, TensorSpec]:
 def encode(bits: float, x: Array, ops: Ops) -> tuple[Payload, Errors]:
     """Payload of a tensor, and what tells its errors."""
     xp, dtype, total = array_namespace(x), dtype_name(x.dtype), _bits(bits, x.shape[-1])
-    scaled, norm, peak = norms(ops(cast, x, dtype="float32"))
-    unit = scaled * inverse(norm)
+    unit, norm, peak = norms(ops(cast, x, dtype="float32"))
+    unit *= inverse(norm)
     payload = _encode(total, unit, dtype, ops)
     direction = _decode(total, payload, ops)
     gain = best_gain(*(xp.vecdot(x, direction)[..., None] for x in (unit, direction)))
@@ -80,7 +80,9 @@ def decode(bits: float, payload: Payload, spec: TensorSpec, ops: Ops) -> Array:
     """Tensor ``[heads, tokens, head_dim]``, float32."""
     gains = (payload[f"gain_{name}"] for name in ("codes", "lower", "upper"))
     gain = ops(dequantize, *gains, spec=_gains(spec.dtype), channels=1)
-    return _decode(_bits(bits, spec.shape[-1]), payload, ops) * gain
+    x = _decode(_bits(bits, spec.shape[-1]), payload, ops)
+    x *= gain
+    return x
 
 
 def _encode(total: int, x: Array, dtype: str, ops: Ops) -> Payload:
@@ -96,13 +98,14 @@ def _encode(total: int, x: Array, dtype: str, ops: Ops) -> Payload:
         "mean": astype(principal.mean, dtype),
         "scale": principal.scale,
     }
-    x = x / principal.scale - astype(payload["mean"], "float32")
+    x = x / principal.scale
+    x -= astype(payload["mean"], "float32")
     # By the inverse of the basis as it will be decoded: its rounding then costs nothing.
     y = x @ xp.matrix_transpose(map_matrices(xp.linalg.inv, _basis(payload, ops)))
     deviation = xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True) / max(x.shape[-2], 1))
     payload["depths"] = allocate((deviation * deviation)[:, 0, :], total)
     payload["step"] = cast(_best_step(y, deviation, payload["depths"]), dtype=dtype)
-    y = _over(y, astype(payload["step"], "float32"))
+    y /= _divisor(astype(payload["step"], "float32"))
     payload["codes"] = ops(quantize_allocated, y, payload["depths"], bits=total)
     return payload
 
@@ -113,23 +116,25 @@ def _best_step(y: Array, deviation: Array, depths: Array) -> Array:
     y = y[:, :: max(1, y.shape[1] // SAMPLE), :]
     for widening in WIDENINGS:
         step = deviation * widening
-        error = y - round_allocated(_over(y, step), depths) * step
+        error = y - round_allocated(y / _divisor(step), depths) * step
         errors.append(xp.sum(error * error, axis=-2, keepdims=True))
     best = xp.argmin(xp.stack(errors), axis=0)
     table = xp.asarray(WIDENINGS, dtype=xp.float32, device=device(y))
     return deviation * look_up(table, best)
 
 
-def _over(y: Array, step: Array) -> Array:
-    return y / array_namespace(step).where(step > 0, step, 1.0)
+def _divisor(step: Array) -> Array:
+    return array_namespace(step).where(step > 0, step, 1.0)
 
 
 def _decode(total: int, payload: Payload, ops: Ops) -> Array:
     xp = array_namespace(payload["codes"])
     levels = ops(dequantize_allocated, payload["codes"], payload["depths"], bits=total)
-    y = levels * astype(payload["step"], "float32")
-    x = y @ xp.matrix_transpose(_basis(payload, ops))
-    return (x + astype(payload["mean"], "float32")) * payload["scale"]
+    levels *= astype(payload["step"], "float32")
+    x = levels @ xp.matrix_transpose(_basis(payload, ops))
+    x += astype(payload["mean"], "float32")
+    x *= payload["scale"]
+    return x
 
 
 def _basis(payload: Payload, ops: Ops) -> Array:

@@ -55,8 +55,8 @@ def encode(code: LayerCode, x: Array, role: Role, ops: Ops) -> tuple[Payload, Er
     batch, tokens = x.shape[0] // tables.heads, x.shape[1]
     full = ops(cast, x, dtype="float32")
     if role == "values":
-        scaled, norm, peak = norms(full)
-        full = scaled * inverse(norm)
+        full, norm, peak = norms(full)
+        full *= inverse(norm)
     y = join_batch(join_heads(full, tables.together), tables.spans) @ tables.forward
     codes = ops(encode_product, y, *tables.codebooks)
     payload = {"codes": split_batch(codes, batch, tokens)}
@@ -79,7 +79,8 @@ def decode(code: LayerCode, payload: Payload, role: Role, ops: Ops) -> Array:
     x = _directions(tables, payload["codes"], ops)
     if role == "keys":
         return x
-    return x * _norms(payload["norms"], tables.log_norm(x))[..., None]
+    x *= _norms(payload["norms"], tables.log_norm(x))[..., None]
+    return x
 
 
 def heads_together(code: LayerCode) -> int:
@@ -95,7 +96,8 @@ def _directions(tables: _Tables, codes: Array, ops: Ops) -> Array:
     """Keys, or the directions of values, that codes ``[batch * spans, tokens, n]`` stand for."""
     batch, tokens = codes.shape[0] // tables.spans, codes.shape[1]
     decoded = ops(decode_product, join_batch(codes, tables.spans), *tables.codebooks)
-    x = decoded @ tables.backward + tables.offset
+    x = decoded @ tables.backward
+    x += tables.offset
     return split_heads(split_batch(x, batch, tokens), tables.together)
 
 

@@ -78,7 +78,7 @@ class Hybrid(Method):
         index, value = self._outliers(coefficients)
         if index.shape[1]:
             flat = xp.reshape(coefficients, (heads, tokens * self.rank))
-            flat = put_rows(flat, index, xp.zeros_like(value))
+            flat = put_rows(flat, index, xp.zeros_like(value), overwrite=True)
             coefficients = xp.reshape(flat, coefficients.shape)
         return {
             **_grouped.encode(self._affine(dtype), coefficients, ops),
@@ -94,7 +94,7 @@ class Hybrid(Method):
         coefficients = _grouped.decode(affine, payload, self._coefficients(spec), ops)
         flat = xp.reshape(coefficients, (heads, tokens * self.rank))
         value = astype(payload["outlier_value"], "float32")
-        flat = put_rows(flat, payload["outlier_index"], value)
+        flat = put_rows(flat, payload["outlier_index"], value, overwrite=True)
         principal = Principal(*(payload[name] for name in Principal._fields))
         return reconstruct(principal, xp.reshape(flat, coefficients.shape))
 

@@ -170,7 +170,8 @@ class TransformCoding(Method):
             x = _own_transform.decode(self.bits, payload, spec, ops)
         if self._kept(spec.shape[1], role):
             together, exact = self._together, astype(payload["exact_value"], "float32")
-            x = put_rows(join_heads(x, together), payload["exact_index"], exact)
+            x = join_heads(x, together)
+            x = put_rows(x, payload["exact_index"], exact, overwrite=True)
             x = split_heads(x, together)
         return x
 

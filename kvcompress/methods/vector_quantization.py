@@ -99,9 +99,11 @@ class VectorQuantization(Method):
         codes = unpack(payload["codes"], self._bits, places)
         codes = xp.reshape(codes, (heads * tokens * places,))
         vectors = ops(lookup, codes, astype(payload["codebook"], "float32"))
-        x = xp.reshape(vectors, spec.shape) + astype(payload["mean"], "float32")
+        x = xp.reshape(vectors, spec.shape)
+        x += astype(payload["mean"], "float32")
+        x *= payload["scale"]
         exact = astype(payload["exact_value"], "float32")
-        return put_rows(x * payload["scale"], payload["exact_index"], exact)
+        return put_rows(x, payload["exact_index"], exact, overwrite=True)
 
     @property
     def _bits(self) -> int:

@@ -44,13 +44,17 @@ def gather_rows(x: Array, index: Array) -> Array:
     return xp.reshape(taken, (*index.shape, *rest))
 
 
-def put_rows(x: Array, index: Array, values: Array) -> Array:
-    """Copy of `x` with ``x[h, index[h]] = values[h]``; the reverse of `gather_rows`."""
+def put_rows(x: Array, index: Array, values: Array, *, overwrite: bool = False) -> Array:
+    """Return `x` with ``x[h, index[h]] = values[h]``; the reverse of `gather_rows`.
+
+    With `overwrite`, `x` itself is written where its library can, and must not be used afterwards.
+    """
     xp = array_namespace(x, index, values)
     heads, rows, *rest = x.shape
     flat = xp.reshape(x, (heads * rows, *rest))
     values = xp.reshape(values, (heads * index.shape[1], *rest))
-    return xp.reshape(scatter(flat, _flat(index, rows), values), x.shape)
+    flat = scatter(flat, _flat(index, rows), values, overwrite=overwrite)
+    return xp.reshape(flat, x.shape)
 
 
 def _flat(index: Array, rows: int) -> Array:

@@ -69,7 +69,9 @@ def reconstruct(principal: Principal, coefficients: Array) -> Array:
     xp = array_namespace(coefficients)
     basis, mean = (astype(a, "float32") for a in (principal.basis, principal.mean))
     x = astype(coefficients, "float32") @ xp.matrix_transpose(basis)
-    return (x + mean) * principal.scale
+    x += mean
+    x *= principal.scale
+    return x
 
 
 def variances(x: Array) -> Array:
@@ -115,7 +117,8 @@ def center(x: Array, *, dtype: str | None = None) -> tuple[Array, Array, Array]:
         scale = xp.ones((heads, 1, 1), dtype=xp.float32, device=device(x))
     x = x / scale
     mean = astype(xp.sum(x, axis=-2, keepdims=True) / max(tokens, 1), name)
-    return x - astype(mean, "float32"), mean, scale
+    x -= astype(mean, "float32")
+    return x, mean, scale
 
 
 def _eigh(centered: Array) -> tuple[Array, Array]:
