@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kvcompress_numba.arrays import NDArray, empty, fold, following, rows
-from kvcompress_numba.threads import kernel, run
+from kvcompress_numba.threads import inline, kernel, run
 from kvcompress_numba.vectors import (
     LANES,
     as_floats,
@@ -76,6 +76,19 @@ def _starts(codebooks: tuple[NDArray, ...]) -> NDArray:
     return np.cumsum([0, *(codebook.shape[-1] for codebook in codebooks)])
 
 
+@inline
+def _nearer(score: Any, here: Any, best: Any, code: Any) -> Any:
+    """Lowest scores so far, and which they are of."""
+    return minimum(best, score), where_not_less(score, best, code, here)
+
+
+@inline
+def _first(best: Any, code: Any) -> Any:
+    """Of equals the first."""
+    code = where_not_less(splat(smallest(best)), best, code, splat_int(_FAR))
+    return np.int64(smallest(as_floats(code)))
+
+
 @kernel
 def _encode_rows(
     x: Any,
@@ -93,25 +106,38 @@ def _encode_rows(
     begin: int,
     end: int,
 ) -> None:
-    """One unit a row."""
+    """One unit a row; four of a head at a time, for which entries are loaded once."""
     books = starts.size - 1
-    far = splat_int(_FAR)
-    h, t = begin // tokens, begin % tokens
-    for unit in range(begin, end):
-        first = h * head + t * token
+    unit = begin
+    while unit < end:
+        h, t = unit // tokens, unit % tokens
+        last = min(4, end - unit, tokens - t) - 1
+        # Where there are not four, the last is done more than once.
+        u1, u2, u3 = unit + min(1, last), unit + min(2, last), unit + last
+        x0 = h * head + t * token
+        x1, x2, x3 = x0 + (u1 - unit) * token, x0 + (u2 - unit) * token, x0 + last * token
         for i in range(books):
-            best, code = splat(np.float32(np.inf)), splat_int(0)
+            best0 = best1 = best2 = best3 = splat(np.float32(np.inf))
+            code0 = code1 = code2 = code3 = splat_int(0)
             for j in range(0, wide, LANES):
-                score = load(half_norms, (h * books + i) * wide + j)
+                half_norm = load(half_norms, (h * books + i) * wide + j)
+                score0 = score1 = score2 = score3 = half_norm
                 for d in range(starts[i], starts[i + 1]):
                     entry = load(table, (h * channels + d) * wide + j)
-                    score = score - splat(get(x, first + d)) * entry
-                code = where_not_less(score, best, code, load_ints(number, j))
-                best = minimum(best, score)
-            # The first of equals.
-            code = where_not_less(splat(smallest(best)), best, code, far)
-            codes[unit * books + i] = np.int64(smallest(as_floats(code)))
-        h, t = following(h, t, tokens)
+                    score0 = score0 - splat(get(x, x0 + d)) * entry
+                    score1 = score1 - splat(get(x, x1 + d)) * entry
+                    score2 = score2 - splat(get(x, x2 + d)) * entry
+                    score3 = score3 - splat(get(x, x3 + d)) * entry
+                here = load_ints(number, j)
+                best0, code0 = _nearer(score0, here, best0, code0)
+                best1, code1 = _nearer(score1, here, best1, code1)
+                best2, code2 = _nearer(score2, here, best2, code2)
+                best3, code3 = _nearer(score3, here, best3, code3)
+            codes[unit * books + i] = _first(best0, code0)
+            codes[u1 * books + i] = _first(best1, code1)
+            codes[u2 * books + i] = _first(best2, code2)
+            codes[u3 * books + i] = _first(best3, code3)
+        unit += last + 1
 
 
 @kernel
