@@ -38,8 +38,8 @@ def kmeans(x: Array, codebook_size: int, *, iterations: int, seed: int) -> Array
     vectors, dim = x.shape
     if vectors == 0:
         return xp.zeros((codebook_size, dim), dtype=xp.float32, device=device(x))
-    order = np.random.default_rng(seed).permutation(vectors)
-    x = _rows(x, order[: SAMPLES_PER_CODE * codebook_size])
+    samples = min(vectors, SAMPLES_PER_CODE * codebook_size)
+    x = _rows(x, np.random.default_rng(seed).choice(vectors, samples, replace=False))
     codebook = _rows(x, np.arange(codebook_size) % x.shape[0])
     codes = xp.arange(codebook_size, dtype=xp.int32, device=device(x))
     for _ in range(iterations):
