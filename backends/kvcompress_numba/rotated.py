@@ -16,7 +16,7 @@ from kvcompress.ops.affine import TINY
 from kvcompress.ops.hadamard import signs
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
 from kvcompress.ops.rotated import RotatedSpec
-from kvcompress_numba.arrays import NDArray, divided, empty, fold, following, rows
+from kvcompress_numba.arrays import NDArray, Rows, divided, empty, fold, following, rows
 from kvcompress_numba.packing import one_plane, pack_row, unpack_row
 from kvcompress_numba.threads import inline, kernel, run
 from kvcompress_numba.vectors import (
@@ -57,7 +57,7 @@ def quantize_rotated(x: NDArray, *, spec: RotatedSpec) -> tuple[NDArray, NDArray
     codes, flat = empty((*lead, *spec.codes_shape(tokens, channels)), "uint8")
     gain, gains = empty((*lead, tokens, 1), "float32")
     tables = signs(channels, spec.seed), cells(spec.bits), *_tables(spec.bits)
-    args = *rows(x), tokens, channels, spec.bits, *tables, flat, gains
+    args = rows(x), tokens, channels, spec.bits, *tables, flat, gains
     run(_quantize, heads * tokens, channels, (3 + channels) * LANES + 3 * channels + 2, *args)
     return codes, gain
 
@@ -69,7 +69,7 @@ def dequantize_rotated(
     *lead, tokens, _ = codes.shape
     out, flat = empty((*lead, tokens, channels), dtype)
     tables = signs(channels, spec.seed), _tables(spec.bits)[1]
-    args = *rows(codes), *rows(gain), tokens, channels, spec.bits, *tables, flat
+    args = rows(codes), rows(gain), tokens, channels, spec.bits, *tables, flat
     run(_dequantize, math.prod(lead) * tokens, channels, 3 * channels + 2, *args)
     return out
 
@@ -243,9 +243,7 @@ def _encode(
 
 @kernel
 def _quantize(
-    x: Any,
-    head: int,
-    token: int,
+    x: Rows,
     tokens: int,
     channels: int,
     bits: int,
@@ -260,6 +258,7 @@ def _quantize(
     end: int,
 ) -> None:
     """One unit a row; a block of 16 at a time, so that no step waits for the one before."""
+    flat, head, token = x
     peaks, powers = scratch[:LANES], scratch[LANES : 2 * LANES]
     inverses = scratch[2 * LANES : 3 * LANES]
     block = scratch[3 * LANES : (3 + channels) * LANES]
@@ -281,18 +280,18 @@ def _quantize(
             h, t = following(h, t, tokens)
             peak = _ZERO
             if vectors:
-                most = absolute(load(x, first))
+                most = absolute(load(flat, first))
                 for i in range(LANES, vectors, LANES):
-                    most = maximum(most, absolute(load(x, first + i)))
+                    most = maximum(most, absolute(load(flat, first + i)))
                 peak = largest(most)
             for i in range(vectors, channels):
-                peak = max(peak, abs(get(x, first + i)))
+                peak = max(peak, abs(get(flat, first + i)))
             inverse = _ZERO if peak < _TINY else _ONE / peak
             y = block[r * channels : (r + 1) * channels]
             for i in range(0, vectors, LANES):
-                store(y, i, butterflies(load(x, first + i) * splat(inverse) * load(sign, i)))
+                store(y, i, butterflies(load(flat, first + i) * splat(inverse) * load(sign, i)))
             for i in range(vectors, channels):
-                y[i] = get(x, first + i) * inverse * sign[i]
+                y[i] = get(flat, first + i) * inverse * sign[i]
             _transform(y, channels, scale)
             peaks[r], powers[r] = peak, _dot(y, y, channels, one) / np.float32(channels)
         rms = _sqrt(load(powers, 0))
@@ -314,12 +313,8 @@ def _quantize(
 
 @kernel
 def _dequantize(
-    codes: Any,
-    codes_head: int,
-    codes_token: int,
-    gain: Any,
-    gain_head: int,
-    gain_token: int,
+    codes: Rows,
+    gains: Rows,
     tokens: int,
     channels: int,
     bits: int,
@@ -331,14 +326,16 @@ def _dequantize(
     end: int,
 ) -> None:
     """One unit a row."""
+    packed, codes_head, codes_token = codes
+    flat_gains, gain_head, gain_token = gains
     y, _, row = divided(scratch, channels)
     scale = np.float32(1 / math.sqrt(channels))
     vectors = channels & -LANES
     first_levels = load(levels, 0)
     h, t = begin // tokens, begin % tokens
     for unit in range(begin, end):
-        unpack_row(codes, h * codes_head + t * codes_token, channels, bits, row)
-        gain_ = get(gain, h * gain_head + t * gain_token)
+        unpack_row(packed, h * codes_head + t * codes_token, channels, bits, row)
+        gain = get(flat_gains, h * gain_head + t * gain_token)
         h, t = following(h, t, tokens)
         if vectors and bits <= FEW:
             for i in range(0, vectors, LANES):
@@ -351,8 +348,8 @@ def _dequantize(
         _transform(y, channels, scale)
         first = unit * channels
         for i in range(0, vectors, LANES):
-            value = load(y, i) * load(sign, i) * splat(gain_)
+            value = load(y, i) * load(sign, i) * splat(gain)
             narrow(out, first + i, minimum(maximum(value, splat(-_LIMIT)), splat(_LIMIT)))
         for i in range(vectors, channels):
-            value = y[i] * sign[i] * gain_
+            value = y[i] * sign[i] * gain
             narrow(out, first + i, min(max(value, -_LIMIT), _LIMIT))
