@@ -21,10 +21,10 @@ from kvcompress_numba.groups import (
     run_groups,
     store_ends,
 )
+from kvcompress_numba.intrinsics import LANES
 from kvcompress_numba.packing import one_plane, pack_row, unpack_row
 from kvcompress_numba.threads import inline, kernel
 from kvcompress_numba.vectors import (
-    LANES,
     as_floats,
     field,
     get,

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from kvcompress_numba.arrays import NDArray, Rows, fold, following, rows
+from kvcompress_numba.intrinsics import LANES
 from kvcompress_numba.threads import kernel, run
 from kvcompress_numba.vectors import (
-    LANES,
     absolute,
     get,
     load,

@@ -12,9 +12,9 @@ from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.clipping import CUTS, errors
 from kvcompress_numba.arrays import NDArray, Rows, divided, empty, fold, following, rows
 from kvcompress_numba.groups import Sizes, channel_starts, code_row, ends, run_groups, store_ends
+from kvcompress_numba.intrinsics import LANES
 from kvcompress_numba.threads import inline, kernel
 from kvcompress_numba.vectors import (
-    LANES,
     get,
     load,
     load_ints,

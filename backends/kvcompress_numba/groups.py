@@ -9,9 +9,9 @@ import numpy as np
 
 from kvcompress.ops.affine import TINY, AffineSpec
 from kvcompress_numba.arrays import Rows
+from kvcompress_numba.intrinsics import LANES
 from kvcompress_numba.threads import inline, run
 from kvcompress_numba.vectors import (
-    LANES,
     as_bits,
     get,
     largest,

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from kvcompress_numba.intrinsics import LANES
 from kvcompress_numba.threads import inline
-from kvcompress_numba.vectors import LANES, load, splat, store
+from kvcompress_numba.vectors import load, splat, store
 
 _ONE = np.float32(1)
 

@@ -14,10 +14,10 @@ from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
 from kvcompress.ops.rotated import RotatedSpec
 from kvcompress_numba.arrays import NDArray, Rows, divided, empty, fold, following, rows
 from kvcompress_numba.hadamard import transform
+from kvcompress_numba.intrinsics import LANES
 from kvcompress_numba.packing import one_plane, pack_row, unpack_row
 from kvcompress_numba.threads import inline, kernel, run
 from kvcompress_numba.vectors import (
-    LANES,
     absolute,
     butterflies,
     get,
