@@ -15,12 +15,7 @@ from kvcompress.errors import DTypeError, LayoutError, SettingError, ShapeError,
 from kvcompress.methods.base import Method, Role
 from kvcompress.methods.span_transform import SpanTransform
 from kvcompress.one_tensor import decode, encode, readable, split_spec
-from kvcompress.whole_cache import (
-    check_layers,
-    compress_spans,
-    decompress_layers,
-    positions_of,
-)
+from kvcompress.whole_cache import check_layers, compress_spans, decompress_layers, positions_of
 
 QUANT_BITS = (2, 3, 4, 8)
 

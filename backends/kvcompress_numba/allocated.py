@@ -10,10 +10,11 @@ import numpy as np
 from kvcompress.ops.allocated import DEEPEST
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, all_cells, all_levels
 from kvcompress.ops.packing import packed_size
-from kvcompress_numba.arrays import NDArray, empty, fold, following, rows
+from kvcompress_numba.arrays import NDArray, Rows, empty, fold, following, rows
+from kvcompress_numba.intrinsics import LANES
 from kvcompress_numba.packing import pack_row, unpack_row
 from kvcompress_numba.threads import kernel, run
-from kvcompress_numba.vectors import LANES, load_bytes, load_word, store_bytes
+from kvcompress_numba.vectors import load_bytes, load_word, store_bytes
 
 _CELLS, _MIDDLE = np.float32(CELLS_PER_UNIT), np.float32(LARGEST * CELLS_PER_UNIT)
 _COUNT, _CODES = 2 * LARGEST * CELLS_PER_UNIT, 2**DEEPEST
@@ -26,7 +27,7 @@ def quantize_allocated(x: NDArray, depths: NDArray, *, bits: int) -> NDArray:
     heads, tokens, channels = fold(x.shape)
     codes, flat = empty((heads, tokens, packed_size(bits, 1)), "uint8")
     tables = _widths(depths, bits), all_cells(), _bits_of_codes()
-    args = *rows(x), tokens, channels, bits, *tables, flat
+    args = rows(x), tokens, channels, bits, *tables, flat
     run(_quantize, heads * tokens, channels, _room(bits), *args)
     return codes
 
@@ -36,7 +37,7 @@ def dequantize_allocated(packed: NDArray, depths: NDArray, *, bits: int) -> NDAr
     heads, tokens, _ = fold(packed.shape)
     channels = depths.shape[-1]
     out, flat = empty((heads, tokens, channels), "float32")
-    args = *rows(packed), tokens, channels, bits, _widths(depths, bits), all_levels(), flat
+    args = rows(packed), tokens, channels, bits, _widths(depths, bits), all_levels(), flat
     run(_dequantize, heads * tokens, channels, _room(bits), *args)
     return out
 
@@ -62,9 +63,7 @@ def _room(bits: int) -> int:
 
 @kernel
 def _quantize(
-    x: Any,
-    head: int,
-    token: int,
+    x: Rows,
     tokens: int,
     channels: int,
     bits: int,
@@ -77,6 +76,7 @@ def _quantize(
     end: int,
 ) -> None:
     """One unit a row."""
+    flat, head, token = x
     slots = scratch.view(np.uint8)
     size = (bits + 7) >> 3
     h, t = begin // tokens, begin % tokens
@@ -86,7 +86,7 @@ def _quantize(
         at = 0
         for c in range(channels):
             width = widths[component + c]
-            place = np.floor(x[first + c] * _CELLS) + _MIDDLE
+            place = np.floor(flat[first + c] * _CELLS) + _MIDDLE
             cell = np.uint32(min(max(place, _ZERO), _LAST))
             code = cells[np.uint32(width * _COUNT) + cell]
             # Whatever is written too much, the next component or `pack_row` overwrites.
@@ -97,9 +97,7 @@ def _quantize(
 
 @kernel
 def _dequantize(
-    packed: Any,
-    head: int,
-    token: int,
+    packed: Rows,
     tokens: int,
     channels: int,
     bits: int,
@@ -111,11 +109,12 @@ def _dequantize(
     end: int,
 ) -> None:
     """One unit a row."""
+    flat, head, token = packed
     slots = scratch.view(np.uint8)
     h, t = begin // tokens, begin % tokens
     for unit in range(begin, end):
         component = h * channels
-        unpack_row(packed, h * head + t * token, bits, 1, slots)
+        unpack_row(flat, h * head + t * token, bits, 1, slots)
         h, t = following(h, t, tokens)
         at = 0
         for c in range(channels):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,15 +22,12 @@ STORAGE: dict[str, np.dtype[Any]] = {
 }
 
 
-class Rows(NamedTuple):
-    """Rows of an array ``[..., tokens, n]`` where they lie.
+Rows: TypeAlias = tuple[NDArray, int, int]
+"""Rows of an array ``[..., tokens, n]`` where they lie: flat, and strides of heads and of tokens.
 
-    Row ``t`` of head ``h`` begins at ``flat[h * head + t * token]`` and is contiguous.
-    """
-
-    flat: NDArray
-    head: int
-    token: int
+Row ``t`` of head ``h`` begins at ``flat[h * head + t * token]`` and is contiguous. A plain tuple:
+Numba takes longer to look at one with names.
+"""
 
 
 def rows(x: NDArray) -> Rows:
@@ -43,12 +40,12 @@ def rows(x: NDArray) -> Rows:
         if step == size and head >= 0 and token >= 0 and x.size:
             extent = (head * (heads - 1) + token * (tokens - 1)) // size + n
             flat = np.lib.stride_tricks.as_strided(x, (extent,), (size,), writeable=False)
-            return Rows(flat, head // size, token // size)
+            return flat, head // size, token // size
         x = np.ascontiguousarray(x)
     flat = x.reshape(-1).view()
     # Always so, or Numba would compile every kernel for either kind.
     flat.flags.writeable = False
-    return Rows(flat, tokens * n, n)
+    return flat, tokens * n, n
 
 
 def empty(shape: tuple[int, ...], dtype: str) -> tuple[NDArray, NDArray]:

@@ -10,11 +10,11 @@ import numpy as np
 from kvcompress._namespace import dtype_name
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.clipping import CUTS, errors
-from kvcompress_numba.affine import channel_ends, code_row, ends, store_ends
-from kvcompress_numba.arrays import NDArray, divided, empty, fold, following, rows
-from kvcompress_numba.threads import inline, kernel, run
+from kvcompress_numba.arrays import NDArray, Rows, divided, empty, fold, following, rows
+from kvcompress_numba.groups import Sizes, channel_starts, code_row, ends, run_groups, store_ends
+from kvcompress_numba.intrinsics import LANES
+from kvcompress_numba.threads import inline, kernel
 from kvcompress_numba.vectors import (
-    LANES,
     get,
     load,
     load_ints,
@@ -32,18 +32,13 @@ _QMAX, _SIXTEEN, _CUTS = np.float32(255), np.float32(16), len(CUTS)
 def clip_groups(x: NDArray, *, spec: AffineSpec) -> NDArray:
     """See `kvcompress.ops.clip_groups`."""
     *lead, _, _ = x.shape
-    heads, tokens, channels = fold(x.shape)
+    _, tokens, channels = shape = fold(x.shape)
     out, flat = empty(x.shape, "float32")
-    shape = (*lead, *spec.ends_shape(tokens, channels))
-    (_, low), (_, high) = (empty(shape, spec.ends_dtype or dtype_name(x.dtype)) for _ in range(2))
-    table = _table(spec.bits)
-    args = *rows(x), tokens, channels, spec.group_size, table, low, high, flat
-    scratch = (3 + LANES) * channels + 2
-    if spec.axis == "token":
-        run(_clip_tokens, heads * tokens, channels, scratch, *args)
-    else:
-        groups = heads * -(-tokens // spec.group_size)
-        run(_clip_channels, groups, min(tokens, spec.group_size) * channels, scratch, *args)
+    ends_shape = (*lead, *spec.ends_shape(tokens, channels))
+    ends_dtype = spec.ends_dtype or dtype_name(x.dtype)
+    (_, low), (_, high) = empty(ends_shape, ends_dtype), empty(ends_shape, ends_dtype)
+    args = rows(x), _table(spec.bits), low, high, flat
+    run_groups(_clip_tokens, _clip_channels, spec, shape, (3 + LANES) * channels + 2, *args)
     return out
 
 
@@ -70,12 +65,8 @@ def _cut(sums: Any, at: int, low: Any, high: Any) -> Any:
 
 @kernel
 def _clip_tokens(
-    x: Any,
-    head: int,
-    token: int,
-    tokens: int,
-    channels: int,
-    size: int,
+    sizes: Sizes,
+    x: Rows,
     table: Any,
     lower: Any,
     upper: Any,
@@ -85,6 +76,8 @@ def _clip_tokens(
     end: int,
 ) -> None:
     """One unit a row."""
+    tokens, channels, _, size = sizes
+    flat, head, token = x
     sums = scratch[: LANES * channels].view(np.int32)
     starts, inverses, row = divided(scratch[LANES * channels :], channels)
     groups = (channels + size - 1) // size
@@ -95,12 +88,12 @@ def _clip_tokens(
         for group in range(groups):
             at = group * size
             n = min(size, channels - at)
-            low, high = ends(x, first + at, n)
+            low, high = ends(flat, first + at, n)
             place = unit * groups + group
             start, inverse = store_ends(lower, upper, place, low, high, _QMAX)
             starts[:n] = start
             inverses[:n] = inverse
-            code_row(x, first + at, n, _QMAX, starts, inverses, 0, row)
+            code_row(flat, first + at, n, _QMAX, starts, inverses, 0, row)
             errors = splat_int(0)
             for i in range(n):
                 errors = errors + load_ints(table, np.int64(row[i]) * LANES)
@@ -108,21 +101,17 @@ def _clip_tokens(
             low, high = _cut(sums, 0, start, get(upper, place))
             vectors = n & -LANES
             for i in range(0, vectors, LANES):
-                value = maximum(load(x, first + at + i), splat(low))
+                value = maximum(load(flat, first + at + i), splat(low))
                 store(out, unit * channels + at + i, minimum(value, splat(high)))
             for i in range(vectors, n):
-                value = max(get(x, first + at + i), low)
+                value = max(get(flat, first + at + i), low)
                 out[unit * channels + at + i] = min(value, high)
 
 
 @kernel
 def _clip_channels(
-    x: Any,
-    head: int,
-    token: int,
-    tokens: int,
-    channels: int,
-    size: int,
+    sizes: Sizes,
+    x: Rows,
     table: Any,
     lower: Any,
     upper: Any,
@@ -132,6 +121,8 @@ def _clip_channels(
     end: int,
 ) -> None:
     """One unit a group of tokens, all channels."""
+    tokens, channels, _, size = sizes
+    flat, head, token = x
     sums = scratch[: LANES * channels].view(np.int32)
     lows, highs, row = divided(scratch[LANES * channels :], channels)
     groups = (tokens + size - 1) // size
@@ -140,13 +131,11 @@ def _clip_channels(
         h, at = unit // groups, unit % groups * size
         n = min(size, tokens - at)
         first = h * head + at * token
-        channel_ends(x, first, token, n, channels, lows, highs)
-        for i in range(channels):
-            place = unit * channels + i
-            lows[i], highs[i] = store_ends(lower, upper, place, lows[i], highs[i], _QMAX)
+        place = unit * channels
+        channel_starts(x, first, n, channels, lower, upper, place, _QMAX, lows, highs)
         sums[:] = 0
         for t in range(n):
-            code_row(x, first + t * token, channels, _QMAX, lows, highs, 0, row)
+            code_row(flat, first + t * token, channels, _QMAX, lows, highs, 0, row)
             for i in range(channels):
                 error = load_ints(table, np.int64(row[i]) * LANES)
                 store_ints(sums, i * LANES, load_ints(sums, i * LANES) + error)
@@ -157,7 +146,7 @@ def _clip_channels(
         for t in range(n):
             here, to = first + t * token, (h * tokens + at + t) * channels
             for i in range(0, vectors, LANES):
-                value = maximum(load(x, here + i), load(lows, i))
+                value = maximum(load(flat, here + i), load(lows, i))
                 store(out, to + i, minimum(value, load(highs, i)))
             for i in range(vectors, channels):
-                out[to + i] = min(max(get(x, here + i), lows[i]), highs[i])
+                out[to + i] = min(max(get(flat, here + i), lows[i]), highs[i])

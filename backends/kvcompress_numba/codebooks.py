@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from kvcompress_numba.arrays import NDArray, empty, fold, following, rows
+from kvcompress_numba.arrays import NDArray, Rows, empty, fold, following, rows
+from kvcompress_numba.intrinsics import LANES
 from kvcompress_numba.threads import inline, kernel, run
 from kvcompress_numba.vectors import (
-    LANES,
     as_floats,
     get,
     load,
@@ -49,7 +49,7 @@ def decode_product(codes: NDArray, *codebooks: NDArray) -> NDArray:
     table = np.concatenate(codebooks, axis=-1)
     out, flat = empty((*codes.shape[:-1], table.shape[-1]), "float32")
     heads, tokens, _ = fold(codes.shape)
-    args = *rows(codes), *rows(table), tokens, table.shape[-1], _starts(codebooks), flat
+    args = rows(codes), rows(table), tokens, table.shape[-1], _starts(codebooks), flat
     run(_decode_rows, heads * tokens, table.shape[-1], 0, *args)
     return out
 
@@ -67,7 +67,7 @@ def _encode(x: NDArray, codebooks: tuple[NDArray, ...], codes: NDArray) -> None:
         half_norms[:, i, :size] = np.sum(codebook * codebook, axis=-1) / 2
     number = np.arange(wide, dtype=np.int32)
     tables = starts, wide, table.reshape(-1), half_norms.reshape(-1), number
-    args = *rows(x), tokens, channels, *tables, codes
+    args = rows(x), tokens, channels, *tables, codes
     run(_encode_rows, heads * tokens, channels * wide, 0, *args)
 
 
@@ -91,9 +91,7 @@ def _first(best: Any, code: Any) -> Any:
 
 @kernel
 def _encode_rows(
-    x: Any,
-    head: int,
-    token: int,
+    x: Rows,
     tokens: int,
     channels: int,
     starts: Any,
@@ -107,6 +105,7 @@ def _encode_rows(
     end: int,
 ) -> None:
     """One unit a row; four of a head at a time, for which entries are loaded once."""
+    flat, head, token = x
     books = starts.size - 1
     unit = begin
     while unit < end:
@@ -124,10 +123,10 @@ def _encode_rows(
                 score0 = score1 = score2 = score3 = half_norm
                 for d in range(starts[i], starts[i + 1]):
                     entry = load(table, (h * channels + d) * wide + j)
-                    score0 = score0 - splat(get(x, x0 + d)) * entry
-                    score1 = score1 - splat(get(x, x1 + d)) * entry
-                    score2 = score2 - splat(get(x, x2 + d)) * entry
-                    score3 = score3 - splat(get(x, x3 + d)) * entry
+                    score0 = score0 - splat(get(flat, x0 + d)) * entry
+                    score1 = score1 - splat(get(flat, x1 + d)) * entry
+                    score2 = score2 - splat(get(flat, x2 + d)) * entry
+                    score3 = score3 - splat(get(flat, x3 + d)) * entry
                 here = load_ints(number, j)
                 best0, code0 = _nearer(score0, here, best0, code0)
                 best1, code1 = _nearer(score1, here, best1, code1)
@@ -142,12 +141,8 @@ def _encode_rows(
 
 @kernel
 def _decode_rows(
-    codes: Any,
-    codes_head: int,
-    codes_token: int,
-    table: Any,
-    table_head: int,
-    table_token: int,
+    codes: Rows,
+    table: Rows,
     tokens: int,
     channels: int,
     starts: Any,
@@ -157,11 +152,13 @@ def _decode_rows(
     end: int,
 ) -> None:
     """One unit a row."""
+    numbers, codes_head, codes_token = codes
+    entries, table_head, table_token = table
     h, t = begin // tokens, begin % tokens
     for unit in range(begin, end):
         for i in range(starts.size - 1):
-            code = np.int64(codes[h * codes_head + t * codes_token + i])
+            code = np.int64(numbers[h * codes_head + t * codes_token + i])
             entry = h * table_head + code * table_token
             for d in range(starts[i], starts[i + 1]):
-                out[unit * channels + d] = table[entry + d]
+                out[unit * channels + d] = entries[entry + d]
         h, t = following(h, t, tokens)

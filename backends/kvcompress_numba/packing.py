@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from kvcompress_numba.intrinsics import LANES
 from kvcompress_numba.threads import inline
-from kvcompress_numba.vectors import LANES, field, load_bytes, store_bytes
+from kvcompress_numba.vectors import field, load_bytes, store_bytes
 
 
 @inline

@@ -1,8 +1,4 @@
-"""Rotated quantization: `quantize_rotated` and `dequantize_rotated`, one pass over the data.
-
-The Hadamard transform takes the same sums and differences as the generic form; that one also moves
-its numbers about, but they come back to where they were.
-"""
+"""Rotated quantization: `quantize_rotated` and `dequantize_rotated`, one pass over the data."""
 
 from __future__ import annotations
 
@@ -16,11 +12,12 @@ from kvcompress.ops.affine import TINY
 from kvcompress.ops.hadamard import signs
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
 from kvcompress.ops.rotated import RotatedSpec
-from kvcompress_numba.arrays import NDArray, divided, empty, fold, following, rows
+from kvcompress_numba.arrays import NDArray, Rows, divided, empty, fold, following, rows
+from kvcompress_numba.hadamard import transform
+from kvcompress_numba.intrinsics import LANES
 from kvcompress_numba.packing import one_plane, pack_row, unpack_row
 from kvcompress_numba.threads import inline, kernel, run
 from kvcompress_numba.vectors import (
-    LANES,
     absolute,
     butterflies,
     get,
@@ -57,7 +54,7 @@ def quantize_rotated(x: NDArray, *, spec: RotatedSpec) -> tuple[NDArray, NDArray
     codes, flat = empty((*lead, *spec.codes_shape(tokens, channels)), "uint8")
     gain, gains = empty((*lead, tokens, 1), "float32")
     tables = signs(channels, spec.seed), cells(spec.bits), *_tables(spec.bits)
-    args = *rows(x), tokens, channels, spec.bits, *tables, flat, gains
+    args = rows(x), tokens, channels, spec.bits, *tables, flat, gains
     run(_quantize, heads * tokens, channels, (3 + channels) * LANES + 3 * channels + 2, *args)
     return codes, gain
 
@@ -69,7 +66,7 @@ def dequantize_rotated(
     *lead, tokens, _ = codes.shape
     out, flat = empty((*lead, tokens, channels), dtype)
     tables = signs(channels, spec.seed), _tables(spec.bits)[1]
-    args = *rows(codes), *rows(gain), tokens, channels, spec.bits, *tables, flat
+    args = rows(codes), rows(gain), tokens, channels, spec.bits, *tables, flat
     run(_dequantize, math.prod(lead) * tokens, channels, 3 * channels + 2, *args)
     return out
 
@@ -87,67 +84,6 @@ def _tables(bits: int) -> tuple[NDArray, NDArray]:
         bounds[:count] = first / CELLS_PER_UNIT - LARGEST
     filled[:count] = levels(bits)
     return bounds, filled
-
-
-@inline
-def _three_rounds(y: Any, i: int, step: int, scale: Any) -> None:
-    """Rounds at distances of `step`, twice and four times that, in registers; then scaled."""
-    a0, a1 = load(y, i), load(y, i + step)
-    a2, a3 = load(y, i + 2 * step), load(y, i + 3 * step)
-    a4, a5 = load(y, i + 4 * step), load(y, i + 5 * step)
-    a6, a7 = load(y, i + 6 * step), load(y, i + 7 * step)
-    b0, b1, b2, b3 = a0 + a1, a0 - a1, a2 + a3, a2 - a3
-    b4, b5, b6, b7 = a4 + a5, a4 - a5, a6 + a7, a6 - a7
-    a0, a1, a2, a3 = b0 + b2, b1 + b3, b0 - b2, b1 - b3
-    a4, a5, a6, a7 = b4 + b6, b5 + b7, b4 - b6, b5 - b7
-    store(y, i, (a0 + a4) * splat(scale))
-    store(y, i + step, (a1 + a5) * splat(scale))
-    store(y, i + 2 * step, (a2 + a6) * splat(scale))
-    store(y, i + 3 * step, (a3 + a7) * splat(scale))
-    store(y, i + 4 * step, (a0 - a4) * splat(scale))
-    store(y, i + 5 * step, (a1 - a5) * splat(scale))
-    store(y, i + 6 * step, (a2 - a6) * splat(scale))
-    store(y, i + 7 * step, (a3 - a7) * splat(scale))
-
-
-@inline
-def _rounds(y: Any, n: int, scale: Any) -> None:
-    vectors = n & -LANES
-    step = LANES if vectors else 1
-    while vectors and 8 * step <= n:
-        factor = scale if 8 * step == n else _ONE
-        for start in range(0, n, 8 * step):
-            for i in range(start, start + step, LANES):
-                _three_rounds(y, i, step, factor)
-        step *= 8
-        if step == n:
-            return
-    while step < n:
-        for start in range(0, n, 2 * step):
-            for i in range(start, start + step, LANES if vectors else 1):
-                if vectors:
-                    a, b = load(y, i), load(y, i + step)
-                    store(y, i, a + b)
-                    store(y, i + step, a - b)
-                else:
-                    c, d = y[i], y[i + step]
-                    y[i], y[i + step] = c + d, c - d
-        step *= 2
-    for i in range(0, vectors, LANES):
-        store(y, i, load(y, i) * splat(scale))
-    for i in range(vectors, n):
-        y[i] *= scale
-
-
-@inline
-def _transform(y: Any, n: int, scale: Any) -> None:
-    """Hadamard transform of ``y[:n]``, of which `butterflies` have been taken if n >= 16."""
-    if n == 128:
-        _rounds(y, 128, scale)
-    elif n == 64:
-        _rounds(y, 64, scale)
-    else:
-        _rounds(y, n, scale)
 
 
 @inline
@@ -243,9 +179,7 @@ def _encode(
 
 @kernel
 def _quantize(
-    x: Any,
-    head: int,
-    token: int,
+    x: Rows,
     tokens: int,
     channels: int,
     bits: int,
@@ -260,6 +194,7 @@ def _quantize(
     end: int,
 ) -> None:
     """One unit a row; a block of 16 at a time, so that no step waits for the one before."""
+    flat, head, token = x
     peaks, powers = scratch[:LANES], scratch[LANES : 2 * LANES]
     inverses = scratch[2 * LANES : 3 * LANES]
     block = scratch[3 * LANES : (3 + channels) * LANES]
@@ -281,19 +216,19 @@ def _quantize(
             h, t = following(h, t, tokens)
             peak = _ZERO
             if vectors:
-                most = absolute(load(x, first))
+                most = absolute(load(flat, first))
                 for i in range(LANES, vectors, LANES):
-                    most = maximum(most, absolute(load(x, first + i)))
+                    most = maximum(most, absolute(load(flat, first + i)))
                 peak = largest(most)
             for i in range(vectors, channels):
-                peak = max(peak, abs(get(x, first + i)))
+                peak = max(peak, abs(get(flat, first + i)))
             inverse = _ZERO if peak < _TINY else _ONE / peak
             y = block[r * channels : (r + 1) * channels]
             for i in range(0, vectors, LANES):
-                store(y, i, butterflies(load(x, first + i) * splat(inverse) * load(sign, i)))
+                store(y, i, butterflies(load(flat, first + i) * splat(inverse) * load(sign, i)))
             for i in range(vectors, channels):
-                y[i] = get(x, first + i) * inverse * sign[i]
-            _transform(y, channels, scale)
+                y[i] = get(flat, first + i) * inverse * sign[i]
+            transform(y, channels, scale)
             peaks[r], powers[r] = peak, _dot(y, y, channels, one) / np.float32(channels)
         rms = _sqrt(load(powers, 0))
         store(powers, 0, rms)
@@ -314,12 +249,8 @@ def _quantize(
 
 @kernel
 def _dequantize(
-    codes: Any,
-    codes_head: int,
-    codes_token: int,
-    gain: Any,
-    gain_head: int,
-    gain_token: int,
+    codes: Rows,
+    gains: Rows,
     tokens: int,
     channels: int,
     bits: int,
@@ -331,14 +262,16 @@ def _dequantize(
     end: int,
 ) -> None:
     """One unit a row."""
+    packed, codes_head, codes_token = codes
+    flat_gains, gain_head, gain_token = gains
     y, _, row = divided(scratch, channels)
     scale = np.float32(1 / math.sqrt(channels))
     vectors = channels & -LANES
     first_levels = load(levels, 0)
     h, t = begin // tokens, begin % tokens
     for unit in range(begin, end):
-        unpack_row(codes, h * codes_head + t * codes_token, channels, bits, row)
-        gain_ = get(gain, h * gain_head + t * gain_token)
+        unpack_row(packed, h * codes_head + t * codes_token, channels, bits, row)
+        gain = get(flat_gains, h * gain_head + t * gain_token)
         h, t = following(h, t, tokens)
         if vectors and bits <= FEW:
             for i in range(0, vectors, LANES):
@@ -348,11 +281,11 @@ def _dequantize(
                 y[i] = levels[row[i]]
             for i in range(0, vectors, LANES):
                 store(y, i, butterflies(load(y, i)))
-        _transform(y, channels, scale)
+        transform(y, channels, scale)
         first = unit * channels
         for i in range(0, vectors, LANES):
-            value = load(y, i) * load(sign, i) * splat(gain_)
+            value = load(y, i) * load(sign, i) * splat(gain)
             narrow(out, first + i, minimum(maximum(value, splat(-_LIMIT)), splat(_LIMIT)))
         for i in range(vectors, channels):
-            value = y[i] * sign[i] * gain_
+            value = y[i] * sign[i] * gain
             narrow(out, first + i, min(max(value, -_LIMIT), _LIMIT))

@@ -10,122 +10,53 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from functools import update_wrapper
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.core.datamodel import models
-from numba.core.extending import intrinsic, lower_builtin, register_model, type_callable
-from numba.np.arrayobj import make_array
 
-LANES = 16
+from kvcompress_numba.intrinsics import (
+    F32,
+    I16,
+    I32,
+    LANES,
+    Memory,
+    define_operator,
+    floats,
+    function,
+    ints,
+    octets,
+)
 
-_F32, _I8, _I16, _I32 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
-
-
-class Vector(types.Type):  # type: ignore[misc]
-    """Numba's type of a vector of `LANES` elements."""
-
-    def __init__(self, name: str, element: ir.Type) -> None:
-        super().__init__(f"{name}x{LANES}")
-        self.ir = ir.VectorType(element, LANES)
-
-
-@register_model(Vector)
-class _Model(models.PrimitiveModel):  # type: ignore[misc]
-    def __init__(self, manager: Any, vector: Vector) -> None:
-        super().__init__(manager, vector, vector.ir)
-
-
-floats, ints, octets = Vector("float32", _F32), Vector("int32", _I32), Vector("uint8", _I8)
+define_operator(operator.add, floats, "fadd")
+define_operator(operator.sub, floats, "fsub")
+define_operator(operator.mul, floats, "fmul")
+define_operator(operator.truediv, floats, "fdiv")
+define_operator(operator.add, ints, "add")
+define_operator(operator.or_, ints, "or_")
+define_operator(operator.or_, octets, "or_")
 
 
-class _Memory:
-    """An array as the functions below see it: elements of one or 16 numbers, in any place."""
-
-    def __init__(self, data: Any, dtype: Any) -> None:
-        self.data, self.dtype = data, dtype
-
-    def read(self, builder: Any, index: Any, shape: Any) -> Any:
-        return builder.load(self._pointer(builder, index, shape), align=self._align)
-
-    def write(self, builder: Any, index: Any, value: Any) -> None:
-        builder.store(value, self._pointer(builder, index, value.type), align=self._align)
-
-    def _pointer(self, builder: Any, index: Any, shape: Any) -> Any:
-        place = builder.gep(self.data, [index], inbounds=True)
-        return builder.bitcast(place, shape.as_pointer())
-
-    @property
-    def _align(self) -> int:
-        return int(self.dtype.bitwidth) // 8
-
-
-def _function(result: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Make a function for kernels of one that builds its instructions."""
-
-    def decorate(build: Callable[..., Any]) -> Any:
-        def typing(_: Any, *arguments: Any) -> Any:
-            def lower(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-                operands = [
-                    _Memory(make_array(kind)(context, builder, value).data, kind.dtype)
-                    if isinstance(kind, types.Array)
-                    else value
-                    for kind, value in zip(signature.args, values, strict=True)
-                ]
-                value = build(builder, *operands)
-                return context.get_dummy_value() if value is None else value
-
-            kinds = map(types.unliteral, arguments)
-            return result(*kinds), lower
-
-        # Numba goes by the signature: a context, here a builder, and what the kernel passes.
-        return intrinsic(update_wrapper(typing, build))
-
-    return decorate
-
-
-def _operator(function: Callable[..., Any], vector: Vector, instruction: str) -> None:
-    def typing(_: Any) -> Any:
-        return lambda a, b: vector if a == b == vector else None
-
-    def lower(_: Any, builder: Any, __: Any, values: Any) -> Any:
-        return getattr(builder, instruction)(*values)
-
-    type_callable(function)(typing)
-    lower_builtin(function, vector, vector)(lower)
-
-
-_operator(operator.add, floats, "fadd")
-_operator(operator.sub, floats, "fsub")
-_operator(operator.mul, floats, "fmul")
-_operator(operator.truediv, floats, "fdiv")
-_operator(operator.add, ints, "add")
-_operator(operator.or_, ints, "or_")
-_operator(operator.or_, octets, "or_")
-
-
-@_function(floats)
-def load(builder: Any, memory: _Memory, index: Any) -> Any:
+@function(floats)
+def load(builder: Any, memory: Memory, index: Any) -> Any:
     """16 numbers of a float32, uint16 (float16) or int16 (bfloat16) array, as float32."""
     return _widened(builder, memory, index, lambda element: ir.VectorType(element, LANES))
 
 
-@_function(types.float32)
-def get(builder: Any, memory: _Memory, index: Any) -> Any:
+@function(types.float32)
+def get(builder: Any, memory: Memory, index: Any) -> Any:
     """One number, like `load`."""
     return _widened(builder, memory, index, lambda element: element)
 
 
-@_function(types.void)
-def store(builder: Any, memory: _Memory, index: Any, value: Any) -> None:
+@function(types.void)
+def store(builder: Any, memory: Memory, index: Any, value: Any) -> None:
     """Write one or 16 float32 numbers into such an array, rounded to nearest even."""
     _narrowed(builder, memory, index, value)
 
 
-@_function(types.void)
-def narrow(builder: Any, memory: _Memory, index: Any, value: Any) -> None:
+@function(types.void)
+def narrow(builder: Any, memory: Memory, index: Any, value: Any) -> None:
     """`store` what `kvcompress._namespace.narrow` makes of one or 16 numbers."""
     if memory.dtype == types.uint16:
         value = _choose(builder, "<", value, _all(value, 65504.0))
@@ -133,121 +64,121 @@ def narrow(builder: Any, memory: _Memory, index: Any, value: Any) -> None:
     _narrowed(builder, memory, index, value)
 
 
-@_function(ints)
-def load_ints(builder: Any, memory: _Memory, index: Any) -> Any:
+@function(ints)
+def load_ints(builder: Any, memory: Memory, index: Any) -> Any:
     """16 numbers of an int32 array."""
     return memory.read(builder, index, ints.ir)
 
 
-@_function(types.void)
-def store_ints(builder: Any, memory: _Memory, index: Any, value: Any) -> None:
+@function(types.void)
+def store_ints(builder: Any, memory: Memory, index: Any, value: Any) -> None:
     """Write 16 numbers into an int32 array."""
     memory.write(builder, index, value)
 
 
-@_function(octets)
-def load_bytes(builder: Any, memory: _Memory, index: Any) -> Any:
+@function(octets)
+def load_bytes(builder: Any, memory: Memory, index: Any) -> Any:
     """16 bytes of a uint8 array."""
     return memory.read(builder, index, octets.ir)
 
 
-@_function(types.void)
-def store_bytes(builder: Any, memory: _Memory, index: Any, value: Any) -> None:
+@function(types.void)
+def store_bytes(builder: Any, memory: Memory, index: Any, value: Any) -> None:
     """Write 16 bytes into a uint8 array."""
     memory.write(builder, index, value)
 
 
-@_function(types.uint64)
-def load_word(builder: Any, memory: _Memory, index: Any) -> Any:
+@function(types.uint64)
+def load_word(builder: Any, memory: Memory, index: Any) -> Any:
     """Eight bytes of a uint8 array as one number; the first of them is its lowest."""
     return memory.read(builder, index, ir.IntType(64))
 
 
-@_function(ints)
-def load_codes(builder: Any, memory: _Memory, index: Any) -> Any:
+@function(ints)
+def load_codes(builder: Any, memory: Memory, index: Any) -> Any:
     """16 bytes of a uint8 array, as whole numbers."""
     return builder.zext(memory.read(builder, index, octets.ir), ints.ir)
 
 
-@_function(types.void)
-def store_codes(builder: Any, memory: _Memory, index: Any, value: Any) -> None:
+@function(types.void)
+def store_codes(builder: Any, memory: Memory, index: Any, value: Any) -> None:
     """Write the low bytes of 16 whole numbers."""
     memory.write(builder, index, builder.trunc(value, octets.ir))
 
 
-@_function(floats)
+@function(floats)
 def splat(builder: Any, value: Any) -> Any:
     """16 times the same float32 number."""
     return _splat(builder, value)
 
 
-@_function(ints)
+@function(ints)
 def splat_int(builder: Any, value: Any) -> Any:
     """16 times the same whole number."""
-    return _splat(builder, builder.trunc(value, _I32))
+    return _splat(builder, builder.trunc(value, I32))
 
 
-@_function(floats)
+@function(floats)
 def minimum(builder: Any, a: Any, b: Any) -> Any:
     """The smaller of each pair."""
     return _choose(builder, "<", a, b)
 
 
-@_function(floats)
+@function(floats)
 def maximum(builder: Any, a: Any, b: Any) -> Any:
     """The larger of each pair."""
     return _choose(builder, ">", a, b)
 
 
-@_function(types.float32)
+@function(types.float32)
 def smallest(builder: Any, value: Any) -> Any:
     """The smallest of 16 numbers."""
     return _reduce(builder, value, lambda a, b: _choose(builder, "<", a, b))
 
 
-@_function(types.float32)
+@function(types.float32)
 def largest(builder: Any, value: Any) -> Any:
     """The largest of 16 numbers."""
     return _reduce(builder, value, lambda a, b: _choose(builder, ">", a, b))
 
 
-@_function(types.int32)
+@function(types.int32)
 def total(builder: Any, value: Any) -> Any:
     """Sum of 16 whole numbers."""
     return _reduce(builder, value, builder.add)
 
 
-@_function(ints)
+@function(ints)
 def where_not_less(builder: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
     """`x` where ``a >= b``, `y` elsewhere."""
     return builder.select(builder.fcmp_ordered(">=", a, b), x, y)
 
 
-@_function(floats)
+@function(floats)
 def absolute(builder: Any, value: Any) -> Any:
     """Magnitudes of 16 numbers."""
     return _call(builder, "llvm.fabs.v16f32", value)
 
 
-@_function(ints)
+@function(ints)
 def rounded(builder: Any, value: Any) -> Any:
     """16 numbers below 2**31, rounded to whole ones, half to even."""
     return builder.fptosi(_call(builder, "llvm.rint.v16f32", value), ints.ir)
 
 
-@_function(ints)
+@function(ints)
 def as_bits(builder: Any, value: Any) -> Any:
     """Bits of 16 numbers."""
     return builder.bitcast(value, ints.ir)
 
 
-@_function(floats)
+@function(floats)
 def as_floats(builder: Any, value: Any) -> Any:
     """16 whole numbers, converted."""
     return builder.sitofp(value, floats.ir)
 
 
-@_function(lambda value, *places: value(value, *places))
+@function(lambda value, *places: value(value, *places))
 def field(builder: Any, value: Any, right: Any, mask: Any, left: Any) -> Any:
     """``((value >> right) & mask) << left`` of 16 bytes or whole numbers."""
     right, mask, left = (
@@ -256,25 +187,25 @@ def field(builder: Any, value: Any, right: Any, mask: Any, left: Any) -> Any:
     return builder.shl(builder.and_(builder.lshr(value, right), mask), left)
 
 
-@_function(ints)
+@function(ints)
 def shift_left(builder: Any, value: Any, places: Any) -> Any:
     """``value << places`` of 16 whole numbers."""
-    return builder.shl(value, _splat(builder, builder.trunc(places, _I32)))
+    return builder.shl(value, _splat(builder, builder.trunc(places, I32)))
 
 
-@_function(lambda table, index: table(table, index))
+@function(lambda table, index: table(table, index))
 def permuted(builder: Any, table: Any, index: Any) -> Any:
     """16 entries of a table of 16, float32 or whole, by the lowest 4 bits of their numbers."""
     index = builder.and_(index, _all(index, LANES - 1))
     # LLVM makes one instruction of this where there is one.
     value = ir.Constant(table.type, ir.Undefined)
-    for lane in (ir.Constant(_I32, i) for i in range(LANES)):
+    for lane in (ir.Constant(I32, i) for i in range(LANES)):
         entry = builder.extract_element(table, builder.extract_element(index, lane))
         value = builder.insert_element(value, entry, lane)
     return value
 
 
-@_function(floats)
+@function(floats)
 def butterflies(builder: Any, value: Any) -> Any:
     """Sums and differences of neighbours, of neighbours but one, by 4 and by 8: four rounds."""
     for distance in (1, 2, 4, 8):
@@ -286,25 +217,25 @@ def butterflies(builder: Any, value: Any) -> Any:
     return value
 
 
-def _widened(builder: Any, memory: _Memory, index: Any, shape: Callable[[Any], Any]) -> Any:
-    elements = {types.float32: _F32, types.uint16: ir.HalfType(), types.int16: _I16}
+def _widened(builder: Any, memory: Memory, index: Any, shape: Callable[[Any], Any]) -> Any:
+    elements = {types.float32: F32, types.uint16: ir.HalfType(), types.int16: I16}
     value = memory.read(builder, index, shape(elements[memory.dtype]))
     if memory.dtype == types.uint16:
-        return builder.fpext(value, shape(_F32))
+        return builder.fpext(value, shape(F32))
     if memory.dtype == types.int16:
-        wide = builder.zext(value, shape(_I32))
-        return builder.bitcast(builder.shl(wide, _all(wide, 16)), shape(_F32))
+        wide = builder.zext(value, shape(I32))
+        return builder.bitcast(builder.shl(wide, _all(wide, 16)), shape(F32))
     return value
 
 
-def _narrowed(builder: Any, memory: _Memory, index: Any, value: Any) -> None:
+def _narrowed(builder: Any, memory: Memory, index: Any, value: Any) -> None:
     if memory.dtype == types.uint16:
         value = builder.fptrunc(value, _like(value, ir.HalfType()))
     elif memory.dtype == types.int16:
-        bits = builder.bitcast(value, _like(value, _I32))
+        bits = builder.bitcast(value, _like(value, I32))
         odd = builder.and_(builder.lshr(bits, _all(bits, 16)), _all(bits, 1))
         bits = builder.add(bits, builder.add(odd, _all(bits, 0x7FFF)))
-        value = builder.trunc(builder.lshr(bits, _all(bits, 16)), _like(value, _I16))
+        value = builder.trunc(builder.lshr(bits, _all(bits, 16)), _like(value, I16))
     memory.write(builder, index, value)
 
 
@@ -330,7 +261,7 @@ def _shuffle(builder: Any, value: Any, lanes: list[int], other: Any = None) -> A
 
 def _splat(builder: Any, value: Any) -> Any:
     vector = ir.Constant(ir.VectorType(value.type, LANES), ir.Undefined)
-    first = builder.insert_element(vector, value, ir.Constant(_I32, 0))
+    first = builder.insert_element(vector, value, ir.Constant(I32, 0))
     return _shuffle(builder, first, [0] * LANES)
 
 
@@ -340,7 +271,7 @@ def _reduce(builder: Any, value: Any, combine: Callable[[Any, Any], Any]) -> Any
         lanes //= 2
         upper = [*range(lanes, 2 * lanes), *[0] * (LANES - lanes)]
         value = combine(value, _shuffle(builder, value, upper))
-    return builder.extract_element(value, ir.Constant(_I32, 0))
+    return builder.extract_element(value, ir.Constant(I32, 0))
 
 
 def _call(builder: Any, name: str, *values: Any) -> Any:
