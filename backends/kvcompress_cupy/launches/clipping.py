@@ -34,8 +34,7 @@ def clip_token(x: Rows, *, spec: AffineSpec, dtype: str, ends_dtype: str, aligne
     x = x.flat()
     n, group = x.channels, group_template(spec.group_size, x.channels)
     groups = -(-n // group) if group else 1
-    unroll = 8 // itemsize(dtype) if group else 1
-    tile_rows = max(1, THREADS * _EACH // (group or 32 * _EACH) * unroll // groups)
+    tile_rows = max(1, 4 * THREADS * _EACH // (group or 32 * _EACH) // groups)
     tile_rows = min(tile_rows * turns(x.heads * x.tokens // tile_rows), x.tokens)
     tiles = -(-x.tokens // tile_rows)
     return Launch(
