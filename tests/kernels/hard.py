@@ -63,9 +63,10 @@ def crowded(group: int) -> np.ndarray:
     The others get one of 256 values: what the ends lose by a cut, they may win.
     """
     member = np.arange(group)
-    rows = []
-    for share in (1, 2, 3):  # of four
-        for at_end in (member // 8 % 4 < share, member % 8 < 2 * share):
-            for value in range(256):
-                rows.append(np.where(at_end, member % 2 * 255, value))
+    at_end = [
+        place
+        for share in (1, 2, 3)  # of four
+        for place in (member // 8 % 4 < share, member % 8 < 2 * share)
+    ]
+    rows = [np.where(place, member % 2 * 255, value) for place in at_end for value in range(256)]
     return np.array(rows, "float32")

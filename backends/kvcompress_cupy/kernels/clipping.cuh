@@ -41,13 +41,12 @@ class Errors {
     template <class Present>
     __device__ __forceinline__ void add(const float (&x)[EACH], float lower, float inverse,
                                         Present present) {
-        const unsigned at = 16 * slot - CODE_0 * ROW_BYTES;
+        const unsigned at = 16 * slot - CODE_0 * ROW_BYTES, absent = 16 * slot + ABSENT * ROW_BYTES;
         uint4 own = make_uint4(0, 0, 0, 0), other = own;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-            unsigned code = encode<8>(x[i], lower, inverse);
-            if (!present(i)) code = CODE_0 + ABSENT;
-            const unsigned place = code * ROW_BYTES + at;
+            unsigned place = encode<8>(x[i], lower, inverse) * ROW_BYTES + at;
+            if (!present(i)) place = absent;
             accumulate(own, *(const uint4 *)(table + place));
             accumulate(other, *(const uint4 *)(table + (place ^ 16)));
         }
