@@ -7,18 +7,17 @@
 #include "all_errors.cuh"
 
 constexpr int THREADS = 256;
-constexpr int EACH = 8;               // values of a thread; the sums of two threads fit 16 bits
-constexpr unsigned ABSENT = 256;      // the code of a value that is none: a row of zeros
-constexpr int ROW_BYTES = 128;        // of the table: four times the same two halves of the ranges
+constexpr int EACH = 8;         // values of a thread; the sums of two threads fit 16 bits
+constexpr int ABSENT = 256;     // the code of a value that is none: a row of zeros
+constexpr int ROW_BYTES = 128;  // of the table: four times the same two halves of the ranges
 constexpr unsigned CODE_0 = 0x4b000000u;  // as `encode` returns it
 
 // Fill the table; a barrier has to follow.
 __device__ __forceinline__ void fill_errors(int bits, Byte *table) {
-    for (int i = threadIdx.x; i < (int)(ABSENT + 1) * 8; i += THREADS) {
+    const uint4 *const errors = ERRORS + 2 * ABSENT * (bits - FEWEST_BITS);
+    for (int i = threadIdx.x; i < (ABSENT + 1) * 8; i += THREADS) {
         const int code = i / 8, half = i % 2;
-        *(uint4 *)(table + 16 * i) = code < (int)ABSENT
-                                         ? ERRORS[2 * ((bits - FEWEST_BITS) * (int)ABSENT + code) + half]
-                                         : make_uint4(0, 0, 0, 0);
+        *(uint4 *)(table + 16 * i) = code < ABSENT ? errors[2 * code + half] : make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -26,10 +25,10 @@ __device__ __forceinline__ void fill_errors(int bits, Byte *table) {
 template <int TEAM, int STRIDE>
 class Errors {
     const Byte *table;
-    // Where the lane reads: any eight neighbours from 16 bytes each that lie in no common bank. The
-    // half of the ranges that it reads first is its own, the other that of its partner.
+    // Where the lane reads in a row: eight neighbours read eight places, which share no bank. The
+    // half of the ranges that a lane reads first is its own, the other that of its partner.
     int slot;
-    unsigned sums[8] = {};  // of the lane's own half, of both
+    unsigned sums[8] = {};  // of both lanes, for the lane's own half
 
   public:
     __device__ __forceinline__ explicit Errors(const Byte *table) : table(table) {
@@ -41,11 +40,12 @@ class Errors {
     template <class Present>
     __device__ __forceinline__ void add(const float (&x)[EACH], float lower, float inverse,
                                         Present present) {
-        const unsigned at = 16 * slot - CODE_0 * ROW_BYTES, absent = 16 * slot + ABSENT * ROW_BYTES;
+        const unsigned first = 16 * slot - CODE_0 * ROW_BYTES;
+        const unsigned absent = 16 * slot + ABSENT * ROW_BYTES;
         uint4 own = make_uint4(0, 0, 0, 0), other = own;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-            unsigned place = encode<8>(x[i], lower, inverse) * ROW_BYTES + at;
+            unsigned place = encode<8>(x[i], lower, inverse) * ROW_BYTES + first;
             if (!present(i)) place = absent;
             accumulate(own, *(const uint4 *)(table + place));
             accumulate(other, *(const uint4 *)(table + (place ^ 16)));
