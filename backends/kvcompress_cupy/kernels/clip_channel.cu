@@ -1,7 +1,7 @@
 // Clipped groups along the tokens: kvcompress.ops.clip_groups, axis "channel".
 //
-// A warp takes a group of tokens and a slice of the channels, 32 bytes of a row (16 of groups of 128).
-// A thread keeps to a column of it and takes every TEAM-th token.
+// A warp takes a group of tokens and a slice of the channels: 32 bytes of a row, 16 where groups
+// are of 128. A thread keeps to a column of it and takes every TEAM-th token.
 #include "clipping.cuh"
 
 // GROUP = 0: groups of `size` tokens, any number, which are read again and again.

@@ -17,7 +17,8 @@ __device__ __forceinline__ void fill_errors(int bits, Byte *table) {
     const uint4 *const errors = ERRORS + 2 * ABSENT * (bits - FEWEST_BITS);
     for (int i = threadIdx.x; i < (ABSENT + 1) * 8; i += THREADS) {
         const int code = i / 8, half = i % 2;
-        *(uint4 *)(table + 16 * i) = code < ABSENT ? errors[2 * code + half] : make_uint4(0, 0, 0, 0);
+        *(uint4 *)(table + 16 * i) =
+            code < ABSENT ? errors[2 * code + half] : make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -123,7 +124,8 @@ __device__ __forceinline__ Run<unsigned, N> load_run(const T *pointer, int count
 
 // `count` of the values, clipped; all of them at once where `whole` says so.
 template <int COUNT>
-__device__ __forceinline__ void store_run(float *out, const float (&x)[COUNT], int count, bool whole) {
+__device__ __forceinline__ void store_run(float *out, const float (&x)[COUNT], int count,
+                                          bool whole) {
     if (whole) {
         Run<float, COUNT> run;
 #pragma unroll
