@@ -36,6 +36,8 @@ _PARAMETERS: dict[str, tuple[tuple[object, ...], ...]] = {
     "quantize_token": (BITS, GROUPS, tuple(CTYPES.values())),
     "quantize_channel": (BITS, GROUPS, tuple(CTYPES.values())),
     "dequantize": (BITS, GROUPS, AXES, tuple(CTYPES.values())),
+    "clip_token": (GROUPS, tuple(CTYPES.values())),
+    "clip_channel": (GROUPS, tuple(CTYPES.values())),
     "quantize_rotated": (BITS, DIMS, tuple(CTYPES.values())),
     "dequantize_rotated": (BITS, DIMS, tuple(CTYPES.values())),
     "nearest": (VECTOR_DIMS,),
@@ -53,6 +55,7 @@ _WRITTEN = {
     "tables.cuh": lambda: tables.header(BITS),
     "all_steps.cuh": tables.all_steps_header,
     "all_levels.cuh": tables.all_levels_header,
+    "all_errors.cuh": tables.all_errors_header,
 }
 
 FAMILIES = tuple(_PARAMETERS)

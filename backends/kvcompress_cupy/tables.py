@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 
 from kvcompress.ops.allocated import DEEPEST
+from kvcompress.ops.clipping import errors
 from kvcompress.ops.hadamard import signs as rotation_signs
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, all_levels, cells, levels
 
@@ -15,6 +16,9 @@ BEYOND = 32
 
 SHIFTED = 0x4B400000
 """Bits of 1.5 * 2**23: added to a float32, this leaves it, rounded, in the low bits."""
+
+CLIPPED_BITS = range(2, 9)
+"""Bits for which ranges can be chosen: with fewer, sums of errors exceed 16 bits."""
 
 SIGNS = np.dtype([("lanes", "u4", (8,))])
 """`struct Signs` of the kernels."""
@@ -121,3 +125,18 @@ __device__ const float ALL_LEVELS[] = {{{numbers}}};
 __device__ __forceinline__ float level_of(unsigned code, int depth) {{
     return ALL_LEVELS[256 * depth + code];
 }}"""
+
+
+def all_errors_header() -> str:
+    """Return ``ERRORS`` as C++, for all `CLIPPED_BITS`: of every code, two halves of the ranges.
+
+    A word holds two of `kvcompress.ops.clipping.errors`, the lower first.
+    """
+    known = np.stack([errors(bits).T for bits in CLIPPED_BITS]).astype("uint32")
+    if known.max() * 16 >= 2**16:
+        raise ValueError("the errors of 16 values exceed 16 bits")
+    words = (known[..., ::2] | known[..., 1::2] << 16).reshape(-1, 4)
+    entries = ", ".join(f"{{{', '.join(map(str, row))}}}" for row in words)
+    return f"""
+constexpr int FEWEST_BITS = {CLIPPED_BITS[0]};
+__device__ const uint4 ERRORS[] = {{{entries}}};"""

@@ -158,6 +158,8 @@ def calls(device: Device, backend: Backend, shape: tuple[int, int, int]) -> Iter
                 encoded = kernels.quantize(x, spec=spec)
                 static = {"spec": spec, "channels": channels}
                 yield Call("dequantize", f"per {axis}", dtype, str(bits), encoded, static, dtype)
+            static = {"spec": AffineSpec(2, GROUP, axis)}
+            yield Call("clip_groups", f"per {axis}", dtype, "2", (x,), static)
         for bits in BITS:
             rotated = RotatedSpec(bits, 0)
             yield Call("quantize_rotated", "", dtype, str(bits), (x,), {"spec": rotated})
@@ -267,16 +269,19 @@ def _compare(call: Call, got: tuple[Array, ...], expected: tuple[Array, ...]) ->
 def _many_values(device: Device, backend: Backend) -> None:
     """Compare the end of a tensor that 32 bits cannot number with that of its end alone."""
     n = SHAPE[-1]
-    if not device.has_room(4 * BEYOND):
+    if not device.has_room(8 * BEYOND):
         _say("tensors beyond 2**31 values: not checked, too little memory")
         return
     end = _normal((1, 2**20 // n, n), "float16", seed=3)
     x = array_namespace(device.array(end)).zeros((1, BEYOND // n, n), dtype=np.float16)
     x[:, -end.shape[1] :, :] = device.array(end)
-    specs = [AffineSpec(4, GROUP, "channel"), AffineSpec(4, GROUP, "token"), RotatedSpec(4, 0)]
-    for spec in specs:
-        op = "quantize" if isinstance(spec, AffineSpec) else "quantize_rotated"
-        call = Call(op, "", "float16", "4", (device.array(end),), {"spec": spec})
+    ops_and_specs: list[tuple[str, AffineSpec | RotatedSpec]] = [
+        *(("quantize", AffineSpec(4, GROUP, axis)) for axis in AXES),
+        *(("clip_groups", AffineSpec(2, GROUP, axis)) for axis in AXES),
+        ("quantize_rotated", RotatedSpec(4, 0)),
+    ]
+    for op, spec in ops_and_specs:
+        call = Call(op, "", "float16", str(spec.bits), (device.array(end),), {"spec": spec})
         whole = _tuple(getattr(backend, op)(x, spec=spec))
         expected = call.generic()
         _compare(

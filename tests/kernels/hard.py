@@ -55,3 +55,18 @@ def values(shape: tuple[int, ...], dtype: str, *, bits: int, seed: int) -> np.nd
     put(7, 2.0**-100 * (1 + rng.integers(0, 4, (rows, n)) * 2.0**-7))  # of a range that is zero
     with np.errstate(over="ignore"):
         return x.reshape(shape).astype(dtype_of(namespace_of(np), dtype))
+
+
+def crowded(group: int) -> np.ndarray:
+    """Groups ``[rows, group]`` of which some threads get nothing but values at the ends.
+
+    The others get one of 256 values: what the ends lose by a cut, they may win.
+    """
+    member = np.arange(group)
+    at_end = [
+        place
+        for share in (1, 2, 3)  # of four
+        for place in (member // 8 % 4 < share, member % 8 < 2 * share)
+    ]
+    rows = [np.where(place, member % 2 * 255, value) for place in at_end for value in range(256)]
+    return np.array(rows, "float32")

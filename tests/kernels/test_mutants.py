@@ -9,8 +9,9 @@ import hard
 import numpy as np
 import pytest
 from emulation import EmulationError, build
+from kvcompress_cupy.launches import clipping as clipping_launches
 from kvcompress_cupy.launches import rotated as rotated_launches
-from kvcompress_cupy.sources import name
+from kvcompress_cupy.sources import name, source
 
 from conftest import EmulatedBackend
 from kvcompress import ops
@@ -73,6 +74,31 @@ MUTANTS = [
     Mutant("dequantize", "a row too many", "if (row >= rows) break;", "if (row > rows) break;"),
     Mutant("dequantize", "ends of the next group", "? tile : 0", "? tile + (tile + 1 < tiles) : 0"),
     Mutant("dequantize", "the step is a quotient", "__fmul_rn(__fsub_rn(to_float(load(upper + end)), start[i]), SCALE)", "__fdiv_rn(__fsub_rn(to_float(load(upper + end)), start[i]), (float)((1 << BITS) - 1))"),
+    Mutant("clip_token", "no barrier after the table", *BARRIER),
+    Mutant("clip_token", "no row for what is absent", "(ABSENT + 1) * 8", "ABSENT * 8"),
+    Mutant("clip_token", "what is absent counts", "if (!present(i)) place = absent;", ""),
+    Mutant("clip_token", "errors of the next code", "ROW_BYTES + first;", "ROW_BYTES + first + ROW_BYTES;"),
+    Mutant("clip_token", "the partner left out", "mine[i] + __shfl_xor_sync(0xffffffffu, given[i], STRIDE)", "mine[i]"),
+    Mutant("clip_token", "the halves swapped", "pair = 8 * (slot & 1)", "pair = 8 * (~slot & 1)"),
+    Mutant("clip_token", "sums of 15 bits", "both >> 16", "(both >> 16 & 0x7fffu)"),
+    Mutant("clip_token", "the last of equals", "sums[i] * 16 + pair + i)", "(sums[i] - 1) * 16 + pair + i)"),
+    Mutant("clip_token", "the best of some lanes", "mask < TEAM * STRIDE; mask *= 2)\n            best", "mask < TEAM * STRIDE / 2; mask *= 2)\n            best"),
+    Mutant("clip_token", "the two cuts swapped", "low = best / 4 % 4, high = best % 4", "high = best / 4 % 4, low = best % 4"),
+    Mutant("clip_token", "cuts in one step", "if (low >= i) lower = __fadd_rn(lower, sixteenth);", "if (low == i) lower = __fmaf_rn(sixteenth, (float)i, lower);"),
+    Mutant("clip_token", "tiny ends kept", "fabsf(x) < TINY ? 0.0f : x", "x"),
+    Mutant("clip_token", "the second run counts as the first", "(i < 4 ? i : APART + i - 4) < left", "i % 4 < left"),
+    Mutant("clip_token", "rows of a tile one short", "row < count ? n - channel : 0", "row < count - 1 ? n - channel : 0"),
+    Mutant("clip_token", "the second run for the first", "channel + at + q * APART), clipped", "channel + at + (1 - q) * APART), clipped"),
+    Mutant("clip_token", "a run that ends too late", "if (i < count) store(out + i, x[i]);", "store(out + i, x[i]);"),
+    Mutant("clip_channel", "no barrier after the table", *BARRIER),
+    Mutant("clip_channel", "sums of 15 bits", "both >> 16", "(both >> 16 & 0x7fffu)"),
+    Mutant("clip_channel", "partners of one half", "lane % 8 ^ (lane / STRIDE & 1)", "lane % 8"),
+    Mutant("clip_channel", "the last token left out", "token + i * TEAM < members", "token + i * TEAM < members - 1"),
+    Mutant("clip_channel", "the last token not stored", "if (row >= members) break;", "if (row >= members - 1) break;"),
+    Mutant("clip_channel", "tokens of another group", "min(token + i * TEAM, members - 1)", "token + i * TEAM"),
+    Mutant("clip_channel", "ends of the neighbour", "lower[c + k], upper[c + k]", "lower[c + k], upper[c]"),
+    Mutant("clip_channel", "the last unit left out", "min(start + tile_units, units)", "min(start + tile_units, units - 1)"),
+    Mutant("clip_channel", "ends of some tokens", "mask < 32; mask *= 2", "mask < 16; mask *= 2"),
     Mutant("quantize_rotated", "no barrier after the tables", *BARRIER, which=0),
     Mutant("quantize_rotated", "no barrier before packing", *BARRIER, which=1),
     Mutant("quantize_rotated", "a sign ignored", "(minus << i & W::SIGN)", "(minus << i & W::SIGN & 0x7fffffffu)"),
@@ -122,6 +148,24 @@ def affine(backend, family):
         for size in (64, 290):
             spec = AffineSpec(3, size, axis)
             same(backend.quantize(x, spec=spec), ops.quantize(x, spec=spec))
+
+
+def clipping(backend, family):
+    axis = "channel" if family == "clip_channel" else "token"
+    for n, seed in ((128, 0), (100, 1), (71, 2)):
+        shape = (2, n, 290) if axis == "channel" else (2, 290, n)
+        x = hard.values(shape, "float32", bits=2, seed=seed)
+        if axis == "channel":
+            x = np.ascontiguousarray(np.swapaxes(x, 1, 2))
+        x[abs(x) < 2.0**-126] = 0  # and of zeros either will do
+        for size in (64, 290):
+            spec = AffineSpec(2, size, axis)
+            got, expected = backend.clip_groups(x, spec=spec), ops.clip_groups(x, spec=spec)
+            np.testing.assert_array_equal(got, expected)
+    x = hard.crowded(64)
+    x = np.ascontiguousarray(x.T if axis == "channel" else x)[None]
+    spec = AffineSpec(2, 64, axis)
+    same([backend.clip_groups(x, spec=spec)], [ops.clip_groups(x, spec=spec)])
 
 
 def dequantize(backend, _):
@@ -199,6 +243,8 @@ def nearest(backend, _):
 CHECKS = {
     "quantize_token": (affine, (3, 64, "float"), (3, 128, "float")),
     "quantize_channel": (affine, (3, 64, "float"), (3, 0, "float")),
+    "clip_token": (clipping, (64, "float"), (128, "float")),
+    "clip_channel": (clipping, (64, "float"), (0, "float")),
     "dequantize": (dequantize, (3, 64, 0, "float")),
     "quantize_rotated": (rotated, (3, 128, "Float16")),
     "dequantize_rotated": (dequantize_rotated, (3, 128, "float")),
@@ -215,6 +261,8 @@ CHECKS = {
 def blocks_take_turns(monkeypatch):
     monkeypatch.setattr("kvcompress_cupy.launches.layout.MANY", 4)
     rotated_launches.quantize_rotated.cache_clear()
+    clipping_launches.clip_token.cache_clear()
+    clipping_launches.clip_channel.cache_clear()
 
 
 def run(family, directory, mutate):
@@ -232,5 +280,6 @@ def test_the_checks_pass_without_a_fault(family, tmp_path):
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
 def test_a_fault_is_found(mutant, tmp_path):
+    planted = mutant(source(mutant.family))  # or a stale mutant would count as found
     with pytest.raises((AssertionError, EmulationError)):
-        run(mutant.family, tmp_path, mutant)
+        run(mutant.family, tmp_path, lambda _: planted)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from emulation import EmulatedRuntime, EmulationError
 from kvcompress_cupy import tables
-from kvcompress_cupy.launches import affine, codebooks, layout, rotated
+from kvcompress_cupy.launches import affine, clipping, codebooks, layout, rotated
 from kvcompress_cupy.operations import Operations
 from kvcompress_cupy.sources import BITS, DIMS, FAMILIES
 
@@ -78,6 +78,57 @@ def test_affine_of_wide_rows(backend, dtype):
         same(backend.quantize(x, spec=spec), ops.quantize(x, spec=spec))
 
 
+def alike(got, expected):
+    """The same numbers; of zeros either, and no denormals, which some flush."""
+    same(*([np.where(abs(x) < 2.0**-126, np.float32(0), x)] for x in (got, expected)))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, (2, 3, 5, 8))])
+def test_clip_groups(backend, monkeypatch, dtype, bits):
+    monkeypatch.setattr("kvcompress_cupy.launches.layout.MANY", 4)  # blocks take turns
+    clipping.clip_token.cache_clear()
+    clipping.clip_channel.cache_clear()
+    cases = [*itertools.product(AXES, (32, 64, 128, None), CHANNELS)]
+    for seed, (axis, group_size, n) in enumerate(cases):
+        tokens = -(-VALUES * len(AXES) // (len(cases) * 3 * n))
+        spec = AffineSpec(bits, group_size or (tokens if axis == "channel" else n), axis)
+        shape = (3, n, tokens) if axis == "channel" else (3, tokens, n)
+        x = hard.values(shape, dtype, bits=bits, seed=seed)
+        if axis == "channel":
+            x = np.ascontiguousarray(np.swapaxes(x, 1, 2))
+        assert backend.supports("clip_groups", x, spec=spec)
+        expected = ops.clip_groups(x, spec=spec)
+        for backend.runtime.flush in (True, False):
+            alike(backend.clip_groups(x, spec=spec), expected)
+    assert backend.runtime.copies == 0
+
+
+@pytest.mark.parametrize(("axis", "shape"), [("channel", (1, 2**16, 3)), ("token", (2, 3, 2**15))])
+def test_the_longest_groups_that_are_clipped(backend, axis, shape):
+    """The sums of their errors, too, are as large as can be."""
+    spec = AffineSpec(2, 2**16, axis)
+    x = np.random.default_rng(0).standard_normal(shape).astype("float16")
+    for values in (x, np.sign(x), np.sign(x) * (abs(x) > 0.1)):
+        assert backend.supports("clip_groups", values, spec=spec)
+        alike(backend.clip_groups(values, spec=spec), ops.clip_groups(values, spec=spec))
+
+
+@pytest.mark.parametrize(("axis", "group"), [*itertools.product(AXES, (32, 64, 128))])
+def test_values_that_crowd_at_the_ends(backend, axis, group):
+    """The sums of a thread, too, are as large as can be."""
+    x = hard.crowded(group)
+    x = x.T[None] if axis == "channel" else x[None]
+    for dtype, bits in itertools.product(("float16", "float32"), (2, 3)):
+        spec, values = AffineSpec(bits, group, axis), np.ascontiguousarray(x.astype(dtype))
+        alike(backend.clip_groups(values, spec=spec), ops.clip_groups(values, spec=spec))
+
+
+def test_errors_that_do_not_fit_are_no_table(monkeypatch):
+    monkeypatch.setattr(tables, "CLIPPED_BITS", range(1, 9))
+    with pytest.raises(ValueError, match="16 bits"):
+        tables.all_errors_header()
+
+
 @pytest.mark.parametrize("ends_dtype", FLOATING)
 def test_ends_of_another_dtype(backend, ends_dtype):
     for axis, n in itertools.product(AXES, (64, 5)):
@@ -87,6 +138,7 @@ def test_ends_of_another_dtype(backend, ends_dtype):
         same(backend.quantize(x, spec=spec), expected)
         static = {"spec": spec, "channels": n}
         same([backend.dequantize(*expected, **static)], [ops.dequantize(*expected, **static)])
+        alike(backend.clip_groups(x, spec=spec), ops.clip_groups(x, spec=spec))
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, BITS)])
@@ -222,6 +274,8 @@ def test_layouts(backend, dtype, n):
             backend.runtime.copies = 0
             same(backend.quantize(view, spec=spec), ops.quantize(view, spec=spec))
             assert backend.runtime.copies == copies
+            alike(backend.clip_groups(view, spec=spec), ops.clip_groups(view, spec=spec))
+            assert backend.runtime.copies == 2 * copies
             same([view], [before])
     if n == 64:
         for view, copies in layouts(x):
@@ -258,14 +312,23 @@ def test_what_no_kernel_takes(backend):
     wide = np.zeros((1, 2, affine.COLUMNS + 1), "float16")
     assert not backend.supports("quantize", wide, spec=AffineSpec(4, 32, "channel"))
     assert backend.supports("quantize", wide, spec=AffineSpec(4, 32, "token"))
+    assert not backend.supports("clip_groups", x, spec=AffineSpec(1, 64, "token"))
+    assert not backend.supports("clip_groups", x, spec=AffineSpec(2, 48, "token"))
+    assert not backend.supports("clip_groups", x.astype("float64"), spec=AffineSpec(2, 64, "token"))
+    assert not backend.supports("clip_groups", x, spec=AffineSpec(2, 64, "token", "float64"))
+    assert backend.supports("clip_groups", wide, spec=AffineSpec(2, 32, "channel"))
+    long = np.broadcast_to(x[:, :1, :1], (2, 2**16 + 1, 1))
+    assert not backend.supports("clip_groups", long, spec=AffineSpec(2, 2**17, "channel"))
+    assert backend.supports("clip_groups", long, spec=AffineSpec(2, 64, "channel"))
 
 
 def test_one_launch_for_all_layers_and_heads(backend):
     x = np.zeros((4, 2, 3, 70, 64), "float16")
     for axis in AXES:
         backend.quantize(x, spec=AffineSpec(4, 64, axis))
+        backend.clip_groups(x, spec=AffineSpec(2, 64, axis))
     backend.quantize_rotated(x, spec=RotatedSpec(4, 0))
-    assert len(backend.runtime.launches) == 3
+    assert len(backend.runtime.launches) == 5
 
 
 class LastBlocks(EmulatedRuntime):
@@ -299,6 +362,10 @@ def test_more_than_2_to_the_31_values(kernels, axis):
     static = {"spec": spec, "channels": n}
     want = ops.cast(ops.dequantize(*expected, **static), dtype="float16")[:, -8:]
     same([decoded[-1:, -8:]], [want])
+    del decoded
+    clipped = backend.clip_groups(x, spec=AffineSpec(2, 64, axis))
+    alike(clipped[-1:, -64:], ops.clip_groups(tail, spec=AffineSpec(2, 64, axis)))
+    del clipped
     if axis == "token":
         codes, gain = backend.quantize_rotated(x, spec=RotatedSpec(4, 0))
         expected = ops.quantize_rotated(tail, spec=RotatedSpec(4, 0))

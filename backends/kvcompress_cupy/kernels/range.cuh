@@ -19,6 +19,9 @@ struct Word<float> {
     static __device__ __forceinline__ void widen(unsigned word, float *out) {
         out[0] = __uint_as_float(word);
     }
+    static __device__ __forceinline__ float widen_one(unsigned word, int) {
+        return __uint_as_float(word);
+    }
 };
 
 template <>
@@ -28,6 +31,9 @@ struct Word<Float16> {
     static __device__ __forceinline__ unsigned most(unsigned a, unsigned b) { return half2_max(a, b); }
     static __device__ __forceinline__ void widen(unsigned word, float *out) {
         halves_to_floats(word, out[0], out[1]);
+    }
+    static __device__ __forceinline__ float widen_one(unsigned word, int i) {
+        return half_to_float((unsigned short)(word >> 16 * i));
     }
 };
 
@@ -40,7 +46,35 @@ struct Word<BFloat16> {
         out[0] = __uint_as_float(word << 16);
         out[1] = __uint_as_float(word & 0xffff0000u);
     }
+    static __device__ __forceinline__ float widen_one(unsigned word, int i) {
+        return __uint_as_float(i ? word & 0xffff0000u : word << 16);
+    }
 };
+
+// Ends of all places of words, over `team` neighbouring threads of a warp.
+template <class T>
+__device__ __forceinline__ void team_ends(unsigned least, unsigned most, int team, float &lower,
+                                          float &upper) {
+    using W = Word<T>;
+    if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int mask = team / 2; mask > 0; mask /= 2) {
+            least = W::least(least, __shfl_xor_sync(0xffffffffu, least, mask));
+            most = W::most(most, __shfl_xor_sync(0xffffffffu, most, mask));
+        }
+        lower = __uint_as_float(least);
+        upper = __uint_as_float(most);
+    } else {
+        // Both in one word, the greatest by its negative.
+        most ^= W::SIGN;
+        unsigned both = W::least(__byte_perm(least, most, 0x5410), __byte_perm(least, most, 0x7632));
+#pragma unroll
+        for (int mask = team / 2; mask > 0; mask /= 2)
+            both = W::least(both, __shfl_xor_sync(0xffffffffu, both, mask));
+        lower = to_float(T{(unsigned short)both});
+        upper = -to_float(T{(unsigned short)(both >> 16)});
+    }
+}
 
 // Of every place of a vector.
 template <class T>
@@ -66,27 +100,10 @@ struct Range {
     // Ends of all places, over `team` neighbouring threads of a warp.
     __device__ __forceinline__ void ends(int team, float &lower, float &upper) const {
         using W = Word<T>;
-        unsigned least = W::least(W::least(low.words[0], low.words[1]),
-                                  W::least(low.words[2], low.words[3]));
-        unsigned most = W::most(W::most(high.words[0], high.words[1]),
-                                W::most(high.words[2], high.words[3]));
-        if constexpr (sizeof(T) == 4) {
-#pragma unroll
-            for (int mask = team / 2; mask > 0; mask /= 2) {
-                least = W::least(least, __shfl_xor_sync(0xffffffffu, least, mask));
-                most = W::most(most, __shfl_xor_sync(0xffffffffu, most, mask));
-            }
-            lower = __uint_as_float(least);
-            upper = __uint_as_float(most);
-        } else {
-            // Both in one word, the greatest by its negative.
-            most ^= W::SIGN;
-            unsigned both = W::least(__byte_perm(least, most, 0x5410), __byte_perm(least, most, 0x7632));
-#pragma unroll
-            for (int mask = team / 2; mask > 0; mask /= 2)
-                both = W::least(both, __shfl_xor_sync(0xffffffffu, both, mask));
-            lower = to_float(T{(unsigned short)both});
-            upper = -to_float(T{(unsigned short)(both >> 16)});
-        }
+        const unsigned least = W::least(W::least(low.words[0], low.words[1]),
+                                        W::least(low.words[2], low.words[3]));
+        const unsigned most = W::most(W::most(high.words[0], high.words[1]),
+                                      W::most(high.words[2], high.words[3]));
+        team_ends<T>(least, most, team, lower, upper);
     }
 };
