@@ -111,6 +111,7 @@ def _dequantize(
     """One unit a row."""
     flat, head, token = packed
     slots = scratch.view(np.uint8)
+    slots[:] = 0  # a word may reach beyond the last bit
     h, t = begin // tokens, begin % tokens
     for unit in range(begin, end):
         component = h * channels
