@@ -83,6 +83,11 @@ def test_memory_that_others_left_dirty(monkeypatch):
     cases = list(conformance.cases())
     monkeypatch.setattr(np, "empty", dirty)
     assert sum(conformance.check(backend, case) for case in cases) > 300
+    rng = np.random.default_rng(0)
+    for bits in range(1, 48):
+        depths = ops.allocate(rng.random((2, 6), "float32"), bits)
+        packed = both("quantize_allocated", rng.random((2, 9, 6), "float32"), depths, bits=bits)
+        both("dequantize_allocated", packed, depths, bits=bits)
 
 
 @given(data=st.data())
