@@ -15,6 +15,19 @@ from kvcompress.ops.casting import cast
 from kvcompress.spans.code import SpanCode
 
 
+def check_alike(arrays: Sequence[Array]) -> None:
+    """Raise an error unless keys and values of a span are of one library, dtype and device."""
+    array_namespace(*arrays)
+    dtype, where = dtype_name(arrays[0].dtype), device(arrays[0])
+    for x in arrays:
+        if dtype_name(x.dtype) != dtype:
+            raise DTypeError(
+                f"all layers must have one dtype, got {dtype} and {dtype_name(x.dtype)}"
+            )
+        if device(x) != where:
+            raise NamespaceError(f"all layers must be on one device, got {where} and {device(x)}")
+
+
 def compress_span(
     code: SpanCode,
     keys: Sequence[Array],
@@ -24,7 +37,7 @@ def compress_span(
     sinks: int,
     window: int,
 ) -> CompressedSpan:
-    """Compress layers that hold the same tokens, and that `Span.check` has passed.
+    """Compress layers that hold the same tokens, and that both checks have passed.
 
     Parameters
     ----------
@@ -34,14 +47,7 @@ def compress_span(
     sinks, window : int
     """
     like = keys[0]
-    xp, where, dtype = array_namespace(*keys, *values), device(like), dtype_name(like.dtype)
-    for x in (*keys, *values):
-        if dtype_name(x.dtype) != dtype:
-            raise DTypeError(
-                f"all layers must have one dtype, got {dtype} and {dtype_name(x.dtype)}"
-            )
-        if device(x) != where:
-            raise NamespaceError(f"all layers must be on one device, got {where} and {device(x)}")
+    xp, where, dtype = array_namespace(like), device(like), dtype_name(like.dtype)
     tokens = like.shape[2]
     sinks = min(sinks, tokens)
     end = max(sinks, tokens - window)

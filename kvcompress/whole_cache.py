@@ -15,7 +15,7 @@ from kvcompress.errors import CalibrationError, DTypeError, SettingError, ShapeE
 from kvcompress.layer_statistics import HostArray
 from kvcompress.methods.base import Method
 from kvcompress.methods.span_transform import SpanTransform
-from kvcompress.one_span import compress_span, decompress_span
+from kvcompress.one_span import check_alike, compress_span, decompress_span
 
 
 def check_layers(keys: Sequence[Array], values: Sequence[Array]) -> None:
@@ -81,11 +81,12 @@ def compress_spans(
     known = sorted(layer for code in method.codes for layer in code.span.layers)
     if known != list(range(len(keys))):
         raise SettingError(f"the spans have layers {known}, got {len(keys)} layers")
-    ks = [check_finite(k, "keys", ops, nonfinite) for k in keys]
-    vs = [check_finite(v, "values", ops, nonfinite) for v in values]
     layers = tuple(code.span.layers for code in method.codes)
     for code, held in zip(method.codes, layers, strict=True):
         code.span.check([keys[i] for i in held], [values[i] for i in held])
+        check_alike([x[i] for i in held for x in (keys, values)])
+    ks = [check_finite(k, "keys", ops, nonfinite) for k in keys]
+    vs = [check_finite(v, "values", ops, nonfinite) for v in values]
     spans = [
         compress_span(
             code,
