@@ -410,9 +410,9 @@ def test_errors(code, statistics):
         compressor.compress_cache(
             [keys[0], keys[1][:, :1], keys[2]], [values[0], values[1][:, :1], values[2]]
         )
+    halves = ([*x[:2], x[2].astype("float16")] for x in (keys, values))
     with pytest.raises(DTypeError, match="one dtype, got float32 and float16"):
-        halves = keys[2].astype("float16"), values[2].astype("float16")
-        compressor.compress_cache([*keys[:2], halves[0]], [*values[:2], halves[1]])
+        compressor.compress_cache(*halves)
     with pytest.raises(ShapeError, match="positions"):
         compressor.compress_cache(keys, values, positions=np.arange(9))
     with pytest.raises(LayoutError):
