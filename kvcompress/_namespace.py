@@ -203,6 +203,8 @@ def largest(x: Array, count: int) -> Array:
     xp = compat.array_namespace(x)
     if compat.is_jax_namespace(xp):
         return sys.modules["jax"].lax.top_k(x, count)[1]  # a partition would be a full sort
+    if compat.is_torch_namespace(xp):
+        return sys.modules["torch"].topk(x, count, sorted=False).indices  # likewise
     size = x.shape[-1]
     return xpx.argpartition(x, size - count, axis=-1)[..., size - count :]
 
