@@ -1,14 +1,18 @@
-"""Kernels on all processors: the work is cut into runs of units, each done by one thread.
+"""Kernels on all processors: the work is cut into runs of units, which threads take in turn.
 
+One that is kept from running, as by the threads of a BLAS that wait busily, leaves more to others.
 Numba's own threads are not used: its default pool must not be entered from two threads at once.
 """
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,9 @@ from numba.core.registry import cpu_target
 
 WORTH_A_THREAD = 2**15
 """Values that a thread must get, or waking it takes longer than it saves."""
+
+PARTS = 4
+"""Runs of units for every thread."""
 
 
 def kernel(function: Callable[..., None]) -> Callable[..., None]:
@@ -44,19 +51,24 @@ def run(function: Callable[..., None], units: int, values: int, scratch: int, *a
     """
     if units == 0 or values == 0:
         return
-
-    def part(begin: int, end: int) -> None:
-        function(*args, np.empty(scratch, np.float32), begin, end)
-
-    threads = min(config.NUMBA_NUM_THREADS, units, units * values // WORTH_A_THREAD)
-    if threads <= 1:
-        part(0, units)
+    threads = config.NUMBA_NUM_THREADS
+    parts = min(units, units * values // WORTH_A_THREAD, PARTS * threads)
+    if min(threads, parts) <= 1:
+        function(*args, np.empty(scratch, np.float32), 0, units)
         return
-    ends = [units * i // threads for i in range(threads + 1)]
-    others = [_pool().submit(part, *ends[i : i + 2]) for i in range(1, threads)]
-    part(*ends[:2])
+    todo = deque(pairwise(units * i // parts for i in range(parts + 1)))
+
+    def work() -> None:
+        own = np.empty(scratch, np.float32)
+        with suppress(IndexError):
+            while True:
+                function(*args, own, *todo.popleft())
+
+    others = [_pool().submit(work) for _ in range(1, min(threads, parts))]
+    work()
     for other in others:
-        other.result()
+        if not other.cancel():
+            other.result()
 
 
 @cache
