@@ -61,7 +61,7 @@ class RotatedQuantization(Method):
         dtype = dtype_name(x.dtype)
         codes, gain = ops(quantize_rotated, x, spec=self._spec)
         # Cast first: the gain of a token of 65504s, corrected, is a little more.
-        gain_codes, lower, upper = ops(quantize, cast(gain, dtype=dtype), spec=_gains(dtype))
+        gain_codes, lower, upper = ops(quantize, ops(cast, gain, dtype=dtype), spec=_gains(dtype))
         return {"codes": codes, "gain_codes": gain_codes, "gain_lower": lower, "gain_upper": upper}
 
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
