@@ -36,7 +36,7 @@ from kvcompress.methods import (
 )
 from kvcompress.plan import Plan, plan
 from kvcompress.rope import RoPE
-from kvcompress.spans.calibration import SpanCalibration, spans_of
+from kvcompress.span_calibration import SpanCalibration, spans_of
 from kvcompress.spans.code import SpanCode
 from kvcompress.spans.span import Span, SpanLayer
 from kvcompress.spans.statistics import SpanStatistics

@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
+
+import kvcompress
 
 ARRAY_LIBRARIES = {
     "array_api_strict",
@@ -52,7 +57,23 @@ def test_the_probe_sees_what_is_imported():
 
 
 def test_every_public_name_is_there():
-    import kvcompress
-
     assert sorted(kvcompress.__all__) == kvcompress.__all__
     assert all(hasattr(kvcompress, name) for name in kvcompress.__all__)
+
+
+def test_modules_and_packages_stand_on_floors():
+    """Some order has every one import only from those before it."""
+    root = Path(kvcompress.__file__).parent
+    rooms = {path.stem for path in root.iterdir() if path.suffix in ("", ".py")} - {"__init__"}
+    below = {room: set() for room in rooms}
+    for path in root.rglob("*.py"):
+        room = path.relative_to(root).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in getattr(node, "names", [])]
+            if isinstance(node, ast.ImportFrom):
+                names = [f"{node.module}.{name}" for name in names]
+            parts = [name.split(".") for name in names]
+            found = {p[1] for p in parts if p[0] == "kvcompress" and len(p) > 1} & rooms
+            below.setdefault(room, set()).update(found - {room})
+    order = list(TopologicalSorter(below).static_order())
+    assert order.index("errors") < order.index("ops") < order.index("compressor")

@@ -34,7 +34,7 @@ from kvcompress import (
 )
 from kvcompress.methods.span_transform import BLOCK, largest_nbytes
 from kvcompress.rope_scaling import DynamicScaling, LongRopeScaling, YarnScaling
-from kvcompress.spans.calibration import spans_of
+from kvcompress.span_calibration import spans_of
 from kvcompress.spans.code import store_basis
 from kvcompress.spans.metric import DAMPED
 from kvcompress.spans.training import train_spans

@@ -18,7 +18,7 @@ from kvcompress.cli.console import InputError, progress
 from kvcompress.cli.model import load_model, read_text
 from kvcompress.cli.options import text_option
 from kvcompress.metrics import HostArray
-from kvcompress.spans.calibration import SpanCalibration, spans_of
+from kvcompress.span_calibration import SpanCalibration, spans_of
 
 if TYPE_CHECKING:
     from kvcompress.integrations.transformers import LanguageModel

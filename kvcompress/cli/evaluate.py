@@ -23,7 +23,7 @@ from kvcompress.cli.rates import NAMES, SPAN, TRANSFORM, compressors, supports
 from kvcompress.cli.scoring import Report, Result, Row, Tally, result, score
 from kvcompress.methods import SpanTransform
 from kvcompress.metrics import HostArray
-from kvcompress.spans.calibration import SpanCalibration
+from kvcompress.span_calibration import SpanCalibration
 
 HEADINGS = (
     "method",

@@ -16,7 +16,7 @@ from kvcompress.methods import (
 )
 from kvcompress.methods.group_quantization import BITS
 from kvcompress.plan import plan
-from kvcompress.spans.calibration import SpanCalibration
+from kvcompress.span_calibration import SpanCalibration
 
 _RATES: Mapping[str, tuple[Callable[[Any], Method], tuple[int, ...]]] = {
     GroupQuantization.__name__: (GroupQuantization, BITS),
