@@ -212,13 +212,28 @@ def test_allocated(data):
     both("quantize_allocated", np.concatenate([x, x], axis=-1)[..., :channels], depths, bits=bits)
 
 
-@pytest.mark.parametrize("depth", [9, 200, 255])
-def test_depths_of_damaged_files_write_nowhere_else(depth):
-    depths = np.full((2, 16), depth, "uint8")
-    x = np.ones((2, 50, 16), "float32")
+@pytest.mark.parametrize("depth", [3, 9, 200, 255])
+def test_depths_of_damaged_files_write_nowhere_else(depth, monkeypatch):
+    """As if no depth exceeded 8, and those beyond the bits there are were 0."""
+    depths, fit = np.full((2, 16), depth, "uint8"), np.zeros((2, 16), "uint8")
+    for i in range(16):
+        fit[:, i] = min(depth, 8, 20 - fit[0].sum())
+    x = np.random.default_rng(0).standard_normal((2, 50, 16), "float32")
+    clean, memory = np.empty, []
+
+    def guarded(shape, dtype=float, **_):
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        memory.append((size, np.full(size + 512, 0xA5, "uint8")))
+        return memory[-1][1][:size].view(dtype).reshape(shape)
+
+    monkeypatch.setattr(np, "empty", guarded)
     packed = backend.quantize_allocated(x, depths, bits=20)
-    assert packed.shape == (2, 50, 3)
-    assert backend.dequantize_allocated(packed, depths, bits=20).shape == x.shape
+    decoded = backend.dequantize_allocated(packed, depths, bits=20)
+    monkeypatch.setattr(np, "empty", clean)
+    assert len(memory) >= 4
+    assert all((room[size:] == 0xA5).all() for size, room in memory)
+    same(packed, ops.quantize_allocated(x, fit, bits=20))
+    same(decoded, ops.dequantize_allocated(packed, fit, bits=20))
 
 
 LAYOUTS = {
