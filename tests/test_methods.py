@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 from kvcompress import (
     DTypeError,
     Hybrid,
+    KVCacheCompressor,
     LowRank,
     Method,
     NamespaceError,
     NonFiniteError,
     SettingError,
     TensorSpec,
+    TransformCoding,
     VectorQuantization,
     methods,
 )
@@ -402,3 +404,20 @@ def test_limits_are_accepted():
     for method in (LowRank(8), Hybrid(8, 8, 2, 1.0), VectorQuantization(65536, 8, exact=1.0)):
         out = decode(encode(x, method=method), method=method, spec=spec_of(x))
         np.testing.assert_allclose(out, x, atol=oracle.gamma(200) * 4)
+
+
+@pytest.mark.library("torch")
+@pytest.mark.parametrize(
+    "method",
+    [LowRank(4), VectorQuantization(4, 4), Hybrid(4, 4), TransformCoding(3)],
+    ids=lambda method: type(method).__name__,
+)
+def test_gradients_pass(method):
+    """Through what is not rounded; nothing that they need is written over."""
+    torch = pytest.importorskip("torch")
+    x = torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    compressor = KVCacheCompressor(method, backend="generic")
+    k, v = compressor.decompress_kv(compressor.compress_kv(x, x))
+    (k.sum() + (v * v).sum()).backward()
+    assert bool(torch.isfinite(x.grad).all())
+    assert bool((x.grad != 0).any())

@@ -61,8 +61,8 @@ def encoded_spec(bits: float, spec: TensorSpec) -> Mapping[str, TensorSpec]:
 def encode(bits: float, x: Array, ops: Ops) -> tuple[Payload, Errors]:
     """Payload of a tensor, and what tells its errors."""
     xp, dtype, total = array_namespace(x), dtype_name(x.dtype), _bits(bits, x.shape[-1])
-    unit, norm, peak = norms(ops(cast, x, dtype="float32"))
-    unit *= inverse(norm)
+    scaled, norm, peak = norms(ops(cast, x, dtype="float32"))
+    unit = scaled * inverse(norm)
     payload = _encode(total, unit, dtype, ops)
     direction = _decode(total, payload, ops)
     gain = best_gain(*(xp.vecdot(x, direction)[..., None] for x in (unit, direction)))
@@ -105,7 +105,7 @@ def _encode(total: int, x: Array, dtype: str, ops: Ops) -> Payload:
     deviation = xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True) / max(x.shape[-2], 1))
     payload["depths"] = allocate((deviation * deviation)[:, 0, :], total)
     payload["step"] = cast(_best_step(y, deviation, payload["depths"]), dtype=dtype)
-    y /= _divisor(astype(payload["step"], "float32"))
+    y = y / _divisor(astype(payload["step"], "float32"))
     payload["codes"] = ops(quantize_allocated, y, payload["depths"], bits=total)
     return payload
 

@@ -55,8 +55,8 @@ def encode(code: LayerCode, x: Array, role: Role, ops: Ops) -> tuple[Payload, Er
     batch, tokens = x.shape[0] // tables.heads, x.shape[1]
     full = ops(cast, x, dtype="float32")
     if role == "values":
-        full, norm, peak = norms(full)
-        full *= inverse(norm)
+        scaled, norm, peak = norms(full)
+        full = scaled * inverse(norm)
     y = join_batch(join_heads(full, tables.together), tables.spans) @ tables.forward
     codes = ops(encode_product, y, *tables.codebooks)
     payload = {"codes": split_batch(codes, batch, tokens)}

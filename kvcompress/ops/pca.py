@@ -10,6 +10,7 @@ from kvcompress._namespace import (
     astype,
     device,
     dtype_name,
+    dtype_of,
     map_matrices,
 )
 from kvcompress.ops.affine import TINY
@@ -51,11 +52,11 @@ def principal_components(
     coefficients : array ``[heads, tokens, rank]``, float32
         Magnitudes at most ``2 * sqrt(channels)``.
     """
-    dtype = dtype or dtype_name(x.dtype)
+    xp, dtype = array_namespace(x), dtype or dtype_name(x.dtype)
     centered, mean, scale = center(x, dtype=dtype)
     _, basis = _eigh(centered)
-    # A copy: a slice would keep all the components alive.
-    basis = astype(array_namespace(x).asarray(basis[..., :rank], copy=True), dtype)
+    # A copy in any case: a slice would keep all the components alive.
+    basis = xp.astype(basis[..., :rank], dtype_of(xp, dtype))
     return Principal(basis, mean, scale), centered @ astype(basis, "float32")
 
 
