@@ -409,7 +409,6 @@ def test_arguments_of_wrong_sizes_are_found(backend):
 )
 def test_what_a_gpu_would_not_launch_is_found(backend, changed, message):
     launch = codebooks.lookup(1, row_bytes=4, word=4, size=1, code_bytes=4)
-    array = np.zeros(4, "int32")
+    array, wrong = np.zeros(4, "int32"), layout.Launch(**{**vars(launch), **changed})
     with pytest.raises(EmulationError, match=message):
-        wrong = layout.Launch(**{**vars(launch), **changed})
         backend.runtime.launch(wrong, array, array, array)
