@@ -76,6 +76,37 @@ def test_a_wrong_kernel_fails(backend, capsys, op, lines):
     assert capsys.readouterr().out.count(f"FAILED {op} ") == lines
 
 
+def test_a_scatter_that_writes_nothing_fails(backend, capsys):
+    backend.scatter_slots = lambda pool, slots, x: pool
+    conformance.cases = lambda: iter(())
+    assert gpu.run(HostDevice(), backend, (2, 70, 64)) == 1
+    assert "FAILED scatter_slots" in capsys.readouterr().out
+
+
+def test_a_kernel_that_does_not_run_keeps_no_other_from_running(backend, capsys):
+    def broken(*arrays, **static):
+        raise RuntimeError("\nno image\nfor the device")
+
+    backend.quantize = broken
+    assert gpu.run(HostDevice(), backend, (2, 70, 64)) == 1 + 24
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if line.startswith("FAILED")]
+    assert all(line.endswith("RuntimeError: no image for the device") for line in failed)
+    # Which case it was, and how many there are.
+    assert " cases, the first quantize: float16[1, 1, 1] AffineSpec(" in failed[0]
+    assert sum(line.startswith("dequantize ") for line in lines) == 24
+    assert lines[-1].startswith("25 checks failed")
+
+
+@pytest.mark.parametrize(("failed", "code"), [(0, 0), (3, 1), (256, 1)])
+def test_the_exit_code(monkeypatch, failed, code):
+    available = SimpleNamespace(available=lambda: True)
+    monkeypatch.setattr(gpu, "load", lambda _: available)
+    monkeypatch.setattr(gpu, "CudaDevice", HostDevice)
+    monkeypatch.setattr(gpu, "run", lambda *_: failed)
+    assert gpu.main() == code
+
+
 def test_without_a_gpu(monkeypatch, capsys):
     unavailable = SimpleNamespace(available=lambda: False)
     monkeypatch.setattr(gpu, "load", lambda _: unavailable)
