@@ -77,14 +77,14 @@ def test_a_wrong_kernel_fails(backend, capsys, op, lines):
 
 
 def test_a_scatter_that_writes_nothing_fails(backend, capsys):
-    backend.scatter_slots = lambda pool, slots, x: pool
+    backend.scatter_slots = lambda pool, *_: pool
     conformance.cases = lambda: iter(())
     assert gpu.run(HostDevice(), backend, (2, 70, 64)) == 1
     assert "FAILED scatter_slots" in capsys.readouterr().out
 
 
 def test_a_kernel_that_does_not_run_keeps_no_other_from_running(backend, capsys):
-    def broken(*arrays, **static):
+    def broken(*_, **__):
         raise RuntimeError("\nno image\nfor the device")
 
     backend.quantize = broken
