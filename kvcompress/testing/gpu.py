@@ -370,9 +370,12 @@ class CudaDevice:
             stream.synchronize()
             if capture:
                 stream.begin_capture()
-                for _ in range(calls):
-                    function()
-                run = stream.end_capture().launch
+                try:
+                    for _ in range(calls):
+                        function()
+                finally:  # or nothing could be timed any more
+                    graph = stream.end_capture()
+                run = graph.launch
                 run()
             seconds = []
             for _ in range(5):

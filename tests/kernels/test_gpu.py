@@ -98,6 +98,75 @@ def test_a_kernel_that_does_not_run_keeps_no_other_from_running(backend, capsys)
     assert lines[-1].startswith("25 checks failed")
 
 
+class Clock:
+    """What `CudaDevice` uses of CuPy; a call takes the stream a millisecond."""
+
+    def __init__(self):
+        self.now, self.captured = 0, None
+        self.cuda = SimpleNamespace(
+            Device=lambda: SimpleNamespace(synchronize=lambda: None),
+            Stream=self.stream,
+            Event=lambda: Event(self),
+            get_elapsed_time=lambda start, stop: stop.at - start.at,
+        )
+
+    def stream(self, *, non_blocking):
+        assert non_blocking  # the default one cannot be captured
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def synchronize(self):
+        assert self.captured is None, "a stream that captures cannot be waited for"
+
+    def begin_capture(self):
+        assert self.captured is None, "the stream is capturing"
+        self.captured = 0
+
+    def end_capture(self):
+        count, self.captured = self.captured, None
+        return SimpleNamespace(launch=lambda: self.run(count))
+
+    def run(self, count=1):
+        if self.captured is None:
+            self.now += count
+        else:
+            self.captured += count
+
+
+class Event:
+    def __init__(self, clock):
+        self._clock, self.at = clock, None
+
+    def record(self):
+        self.at = self._clock.now
+
+    def synchronize(self):
+        self._clock.synchronize()
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_the_time_of_a_call(monkeypatch, capture):
+    clock = Clock()
+    monkeypatch.setitem(sys.modules, "cupy", clock)
+    device = gpu.CudaDevice()
+    assert device.time(clock.run, capture=capture) == pytest.approx(1e-3)
+    assert device.time(lambda: clock.run(3), capture=capture) == pytest.approx(3e-3)
+
+
+def test_what_cannot_be_captured_keeps_nothing_from_being_timed(monkeypatch):
+    clock = Clock()
+    monkeypatch.setitem(sys.modules, "cupy", clock)
+    device = gpu.CudaDevice()
+    with pytest.raises(AssertionError, match="waited for"):
+        device.time(clock.synchronize, capture=True)
+    assert device.time(clock.run, capture=True) == pytest.approx(1e-3)
+
+
 @pytest.mark.parametrize(("failed", "code"), [(0, 0), (3, 1), (256, 1)])
 def test_the_exit_code(monkeypatch, failed, code):
     available = SimpleNamespace(available=lambda: True)
