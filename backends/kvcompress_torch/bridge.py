@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -65,7 +65,7 @@ def _kernels(kind: str) -> Backend | None:
 
 
 def _stream(device: torch.device) -> AbstractContextManager[None]:
-    """Make PyTorch's current stream CuPy's."""
+    """Make PyTorch's current stream and memory CuPy's."""
     return _cuda_stream(device) if device.type == "cuda" else nullcontext()
 
 
@@ -74,8 +74,18 @@ def _cuda_stream(device: torch.device) -> Iterator[None]:
     import cupy
 
     stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
-    with cupy.cuda.Device(device.index), stream:  # which CuPy enters on its own device only
+    memory = cupy.cuda.using_allocator(partial(_allocate, device))
+    with cupy.cuda.Device(device.index), stream, memory:  # a stream on its own device only
         yield
+
+
+def _allocate(device: torch.device, size: int) -> Any:
+    """Memory of PyTorch's pool, of which CUDA graphs keep what they captured, unlike CuPy's."""
+    import cupy
+
+    block = torch.empty(size, dtype=torch.uint8, device=device)
+    memory = cupy.cuda.UnownedMemory(block.data_ptr(), size, block, device.index)
+    return cupy.cuda.MemoryPointer(memory, 0)
 
 
 def _view(x: torch.Tensor) -> Any:

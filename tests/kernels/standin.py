@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import warnings
 from collections.abc import Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +20,7 @@ class ndarray(np.ndarray):
     """An array of a device; views are of the same one."""
 
     def __array_finalize__(self, source):
-        self.number = getattr(source, "number", None)
+        self.number, self.pointer = (getattr(source, a, None) for a in ("number", "pointer"))
 
     @property
     def data(self):
@@ -35,7 +37,9 @@ def make(kernels: Mapping[str, Kernels]) -> SimpleNamespace:
     What CuPy has besides is not there. `current` is the number of the current device, `streams`
     the current stream of each, `launched` the device and stream of every launch, in turn.
     """
-    state = SimpleNamespace(current=0, streams=[0] * DEVICES, launched=[], arrays=[])
+    state = SimpleNamespace(
+        current=0, streams=[0] * DEVICES, launched=[], arrays=[], allocator=None
+    )
 
     class Device:
         def __init__(self, device=None):
@@ -128,13 +132,34 @@ def make(kernels: Mapping[str, Kernels]) -> SimpleNamespace:
         out[...] = x
         return out
 
+    class UnownedMemory:
+        def __init__(self, ptr, size, owner, device_id):
+            self.ptr, self.size, self.owner, self.device_id = ptr, size, owner, device_id
+
+    class MemoryPointer:
+        def __init__(self, mem, offset):
+            assert mem.device_id == state.current
+            self.mem, self.ptr = mem, mem.ptr + offset
+
+    @contextmanager
+    def using_allocator(allocator):
+        state.allocator, before = allocator, state.allocator
+        yield
+        state.allocator = before
+
+    def pool(size):
+        buffer = np.full(size + 512, 0xA5, "uint8")
+        start = -buffer.__array_interface__["data"][0] % 512
+        pointer = buffer.__array_interface__["data"][0] + start
+        return MemoryPointer(UnownedMemory(pointer, size, buffer, state.current), 0)
+
     def empty(shape, dtype):
         kind = np.dtype(dtype)
         size = int(np.prod(shape)) * kind.itemsize
-        buffer = np.full(size + 512, 0xA5, "uint8")
-        start = -buffer.__array_interface__["data"][0] % 512
-        out = buffer[start : start + size].view(kind).reshape(shape).view(Array)
-        out.number = state.current
+        pointer = (state.allocator or pool)(size)
+        buffer = np.frombuffer((ctypes.c_ubyte * size).from_address(pointer.ptr), "uint8")
+        out = buffer.view(kind).reshape(shape).view(Array)
+        out.number, out.pointer = state.current, pointer
         state.arrays.append(out)
         return out
 
@@ -155,7 +180,14 @@ def make(kernels: Mapping[str, Kernels]) -> SimpleNamespace:
         is_available=lambda: True,
         ndarray=Array,
         RawModule=RawModule,
-        cuda=SimpleNamespace(Device=Device, Stream=Stream, ExternalStream=ExternalStream),
+        cuda=SimpleNamespace(
+            Device=Device,
+            Stream=Stream,
+            ExternalStream=ExternalStream,
+            MemoryPointer=MemoryPointer,
+            UnownedMemory=UnownedMemory,
+            using_allocator=using_allocator,
+        ),
         state=state,
     )
     for function in (asarray, empty, ones, ascontiguousarray):

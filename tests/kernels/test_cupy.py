@@ -72,12 +72,33 @@ def test_arrays_of_several_devices_are_left_alone(cupy):
     assert not backend.supports("nearest", x, book)
 
 
-def test_pytorch_s_stream_and_device_are_taken(cupy, monkeypatch):
+@pytest.fixture
+def bridge(monkeypatch):
     torch = pytest.importorskip("torch")
     from kvcompress_torch import bridge
 
-    stream = SimpleNamespace(__cuda_stream__=lambda: (0, 77))
+    stream, empty = SimpleNamespace(__cuda_stream__=lambda: (0, 77)), torch.empty
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
-    with bridge._stream(torch.device("cuda", 1)):
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, **_: empty(size, dtype=dtype))
+    return bridge
+
+
+def test_pytorch_s_stream_and_device_are_taken(cupy, bridge):
+    with bridge._stream(bridge.torch.device("cuda", 1)):
         assert (cupy.state.current, cupy.state.streams) == (1, [0, 77])
     assert (cupy.state.current, cupy.state.streams) == (0, [0, 0])
+
+
+def test_results_are_pytorch_s_memory(cupy, bridge):
+    x = np.random.default_rng(0).standard_normal((2, 64, 64)).astype("float32")
+    (y,) = copies(cupy, 1, x)
+    spec = AffineSpec(4, 64, "token")
+    with bridge._stream(bridge.torch.device("cuda", 1)):
+        got = CupyBackend().quantize(y, spec=spec)
+    for a, b in zip(got, ops.quantize(x, spec=spec), strict=True):
+        owner = a.pointer.mem.owner
+        assert isinstance(owner, bridge.torch.Tensor)
+        assert (owner.data_ptr(), owner.numel()) == (a.data.ptr, a.nbytes)
+        np.testing.assert_array_equal(a, b)
+    assert cupy.state.launched == [(1, 77)]
+    assert cupy.state.allocator is None
