@@ -112,6 +112,22 @@ def test_leaves_what_it_cannot_read(kind):
     assert not backend.supports("quantize", UNREADABLE[kind](), spec=SPEC)
 
 
+def fake():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.ones(1, 4, 32)
+
+
+@pytest.mark.parametrize("make", [fake, UNREADABLE["complex conjugate"]])
+def test_no_view_of_what_dlpack_would_hand_out(make):
+    """Memory that is none, or without the sign: NumPy refuses it, CuPy would not."""
+    from kvcompress_torch import bridge
+
+    with pytest.raises(TypeError, match="lazily"):
+        bridge._view(make())
+
+
 def test_vmap_runs_the_generic_operations():
     x = normal(3, 2, 8, 32)
     mapped = torch.vmap(lambda x: backend.supports("quantize", x, spec=SPEC) or x)(x)

@@ -10,7 +10,7 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
-from kvcompress._namespace import Array, dtype_of
+from kvcompress._namespace import Array, dtype_of, namespace_of
 from kvcompress_cupy import sources
 from kvcompress_cupy.launches.layout import Launch
 from kvcompress_cupy.operations import Operations
@@ -25,8 +25,10 @@ class CupyRuntime:
 
     def empty(self, shape: tuple[int, ...], dtype: str, like: Array) -> Array:
         """Allocate from CuPy's pool, on the device of `like`."""
-        xp = compat.array_namespace(like)
-        return xp.empty(shape, dtype=dtype_of(xp, dtype), device=like.device)
+        import cupy
+
+        with like.device:  # where the Array API's `device` is ignored
+            return cupy.empty(shape, dtype=dtype_of(namespace_of(np), dtype))
 
     def true(self, like: Array) -> Array:
         """Allocate a boolean without dimensions, and set it."""

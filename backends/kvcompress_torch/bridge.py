@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -33,8 +33,8 @@ def supports(op: str, tensors: Sequence[Any], static: Mapping[str, Any]) -> bool
     try:
         with _stream(device):
             return kernels.supports(op, *map(_view, tensors), **static)
-    except (DTypeError, RuntimeError, TypeError):
-        return False  # tensors with nothing behind them: fake, functorch's, negated lazily
+    except (BufferError, DTypeError, RuntimeError, TypeError):
+        return False  # tensors that are not what lies in memory, such as functorch's
 
 
 def run(op: str, *tensors: Any, **static: Any) -> Any:
@@ -64,19 +64,35 @@ def _kernels(kind: str) -> Backend | None:
         return None
 
 
-def _stream(device: torch.device) -> AbstractContextManager[Any]:
-    """Make PyTorch's current stream CuPy's."""
-    if device.type != "cuda":
-        return nullcontext()
+def _stream(device: torch.device) -> AbstractContextManager[None]:
+    """Make PyTorch's current stream and memory CuPy's."""
+    return _cuda_stream(device) if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _cuda_stream(device: torch.device) -> Iterator[None]:
     import cupy
 
-    stream = torch.cuda.current_stream(device)
-    same: AbstractContextManager[Any] = cupy.cuda.ExternalStream(stream.cuda_stream, device.index)
-    return same
+    stream = cupy.cuda.Stream.from_external(torch.cuda.current_stream(device))
+    memory = cupy.cuda.using_allocator(partial(_allocate, device))
+    with cupy.cuda.Device(device.index), stream, memory:  # a stream on its own device only
+        yield
+
+
+def _allocate(device: torch.device, size: int) -> Any:
+    """Memory of PyTorch's pool, of which CUDA graphs keep what they captured, unlike CuPy's."""
+    import cupy
+
+    block = torch.empty(size, dtype=torch.uint8, device=device)
+    memory = cupy.cuda.UnownedMemory(block.data_ptr(), size, block, device.index)
+    return cupy.cuda.MemoryPointer(memory, 0)
 
 
 def _view(x: torch.Tensor) -> Any:
     """View a tensor as an array; bfloat16 crosses as int16."""
+    # NumPy refuses these; DLPack hands out memory that is none, or without the sign.
+    if x.is_neg() or type(x).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise TypeError("only what a tensor shows can be viewed, and this one is computed lazily")
     half = x.dtype is torch.bfloat16
     x = x.detach()
     if half:

@@ -5,6 +5,7 @@ Prints one table. Exits with 0 if all results are right, 1 if one is not, 2 if t
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -28,6 +29,7 @@ from kvcompress._namespace import (
 )
 from kvcompress.backend import Backend, load
 from kvcompress.ops.affine import AffineSpec
+from kvcompress.ops.packing import packed_size
 from kvcompress.ops.rotated import RotatedSpec
 from kvcompress.testing import conformance
 
@@ -122,32 +124,37 @@ def run(device: Device, backend: Backend, shape: tuple[int, int, int] = SHAPE) -
         try:
             return function()
         except Exception as error:  # of whatever kind, the others are still worth running
-            failed.append(f"{name}: {type(error).__name__}: {error}".splitlines()[0])
+            failed.append(name)
+            _say(f"FAILED {name}: {_one_line(error)}")
             return None
 
+    def table() -> None:
+        for call in calls(device, shape):
+            name = f"{call.op} {call.setting} {call.dtype} {call.bits}"
+            line = check(name, partial(_row, call, device, backend, copy))
+            if line is not None:
+                _say(line)
+
     started = time.perf_counter()
-    taken = check("conformance", lambda: _conformance(device, backend))
-    built = time.perf_counter() - started
-    copy = device.copy_bandwidth()
     _say(f"{device.describe()}, {date.today()}")
-    _say(f"built and conforming in {built:.0f} s: {taken}")
+    taken = {
+        op: check(f"conformance of {op}", partial(_conforms, cases, device, backend))
+        for op, cases in _cases().items()
+    }
+    built = time.perf_counter() - started
+    counts = ", ".join(f"{op} {count}" for op, count in sorted(taken.items()) if count)
+    _say(f"built and conforming in {built:.0f} s: {counts}")
+    copy = check("copy", device.copy_bandwidth) or math.nan
     _say(f"copy: {copy / 1e9:.0f} GB/s, read + written; {shape} values")
     _say(_LINE.format("op", "setting", "dtype", "bits", "us", "GB/s", "of copy", "x generic"))
-    for call in calls(device, backend, shape):
-        name = f"{call.op} {call.setting} {call.dtype} {call.bits}"
-        line = check(name, partial(_row, call, device, backend, copy))
-        if line is not None:
-            _say(line)
+    check("what is timed", table)
     check("many values", lambda: _many_values(device, backend))
-    for failure in failed:
-        _say(f"FAILED {failure}")
     _say(f"{len(failed)} checks failed in {time.perf_counter() - started:.0f} s")
     return len(failed)
 
 
-def calls(device: Device, backend: Backend, shape: tuple[int, int, int]) -> Iterator[Call]:
-    """All calls, at the size that is timed; one tensor at a time."""
-    kernels: Any = backend  # the protocol names no operation
+def calls(device: Device, shape: tuple[int, int, int]) -> Iterator[Call]:
+    """All calls, at the size that is timed; one tensor at a time. None needs a kernel's results."""
     channels = shape[-1]
     for dtype in FLOATING:
         x = device.array(_normal(shape, dtype, seed=0))
@@ -155,7 +162,7 @@ def calls(device: Device, backend: Backend, shape: tuple[int, int, int]) -> Iter
             for bits in BITS:
                 spec = AffineSpec(bits, GROUP, axis)
                 yield Call("quantize", f"per {axis}", dtype, str(bits), (x,), {"spec": spec})
-                encoded = kernels.quantize(x, spec=spec)
+                encoded = ops.quantize(x, spec=spec)
                 static = {"spec": spec, "channels": channels}
                 yield Call("dequantize", f"per {axis}", dtype, str(bits), encoded, static, dtype)
             static = {"spec": AffineSpec(2, GROUP, axis)}
@@ -163,7 +170,7 @@ def calls(device: Device, backend: Backend, shape: tuple[int, int, int]) -> Iter
         for bits in BITS:
             rotated = RotatedSpec(bits, 0)
             yield Call("quantize_rotated", "", dtype, str(bits), (x,), {"spec": rotated})
-            coded = kernels.quantize_rotated(x, spec=rotated)
+            coded = ops.quantize_rotated(x, spec=rotated)
             static = {"spec": rotated, "channels": channels}
             yield Call("dequantize_rotated", "", dtype, str(bits), coded, static, dtype)
     heads, tokens, _ = shape
@@ -177,7 +184,7 @@ def calls(device: Device, backend: Backend, shape: tuple[int, int, int]) -> Iter
     pool = array_namespace(x).reshape(x, (count, held, channels))
     pool = array_namespace(x).concat([pool, pool[: slots.shape[0] - count]])
     yield Call("gather_slots", f"blocks of {_BLOCK}", "float16", "", (pool, slots), {})
-    rows = kernels.gather_slots(pool, slots)
+    rows = device.array(_normal((held, slots.shape[0], channels), "float16", seed=6))
     yield Call("scatter_slots", f"blocks of {_BLOCK}", "float16", "", (pool, slots, rows), {})
     del rows
     yield Call("within_paged", "", "float16", "", (pool, slots), {"limit": 65504.0})
@@ -193,7 +200,7 @@ def calls(device: Device, backend: Backend, shape: tuple[int, int, int]) -> Iter
     book = vectors[:256]
     rate = str(8 // VECTOR)
     yield Call("nearest", f"256 x {VECTOR}", "float32", rate, (vectors, book), {})
-    codes = kernels.nearest(vectors, book)
+    codes = device.array(_codes(vectors.shape[:1], seed=7).astype("int32"))
     yield Call("lookup", f"256 x {VECTOR}", "float32", rate, (codes, book), {})
     del vectors, codes
     x = device.array(_normal(shape, "float32", seed=2))
@@ -202,7 +209,7 @@ def calls(device: Device, backend: Backend, shape: tuple[int, int, int]) -> Iter
         for i in range(channels // VECTOR)
     ]
     yield Call("encode_product", f"256 x {VECTOR}", "float32", rate, (x, *books), {})
-    codes = kernels.encode_product(x, *books)
+    codes = device.array(_codes((heads, tokens, len(books)), seed=8))
     yield Call("decode_product", f"256 x {VECTOR}", "float32", rate, (codes, *books), {})
     del books, codes
     total = 3 * channels
@@ -210,20 +217,38 @@ def calls(device: Device, backend: Backend, shape: tuple[int, int, int]) -> Iter
     depths = ops.allocate(variances, total)
     static = {"bits": total}
     yield Call("quantize_allocated", "", "float32", "3", (x, depths), static)
-    packed = kernels.quantize_allocated(x, depths, bits=total)
+    packed = device.array(_codes((heads, tokens, packed_size(total, 1)), seed=9))
     yield Call("dequantize_allocated", "", "float32", "3", (packed, depths), static)
 
 
-def _conformance(device: Device, backend: Backend) -> str:
-    taken = conformance.check_backend(backend, asarray=device.array)
-    return ", ".join(f"{op} {count}" for op, count in sorted(taken.items()))
+def _cases() -> dict[str, list[conformance.Case]]:
+    """Those of the conformance suite, by operation."""
+    cases: dict[str, list[conformance.Case]] = {}
+    for case in conformance.cases():
+        cases.setdefault(case.op, []).append(case)
+    return cases
+
+
+def _conforms(cases: list[conformance.Case], device: Device, backend: Backend) -> int:
+    """Count the cases that the backend took; a wrong one does not keep the others from running."""
+    taken, wrong = 0, []
+    for case in cases:
+        try:
+            taken += conformance.check(backend, case, asarray=device.array)
+        except Exception as error:
+            wrong.append(f"{case}: {_one_line(error)}")
+    if wrong:
+        raise AssertionError(f"{len(wrong)} of {len(cases)} cases, the first {wrong[0]}")
+    if not taken and hasattr(backend, cases[0].op):
+        raise AssertionError("the backend took none of the calls")
+    return taken
 
 
 def _row(call: Call, device: Device, backend: Backend, copy: float) -> str:
     if not backend.supports(call.op, *call.arrays, **call.static):
         raise AssertionError("the backend does not take the call")
-    got = _kept(call, call.kernel(backend))
-    _compare(call, got, _kept(call, call.generic()))
+    got = _results(call, lambda: call.kernel(backend))
+    _compare(call, got, _results(call, call.generic))
     read = call.arrays[call.overwrites :]
     size = sum(x.nbytes for x in (*read, *got))
     del got
@@ -235,14 +260,13 @@ def _row(call: Call, device: Device, backend: Backend, copy: float) -> str:
     return _LINE.format(call.op, call.setting, call.dtype, call.bits, *figures, ratio)
 
 
-def _kept(call: Call, results: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Results; where an argument was overwritten, a copy of it, and it is zero again."""
+def _results(call: Call, run: Callable[[], tuple[Array, ...]]) -> tuple[Array, ...]:
+    """Results; where an argument is overwritten, it is zero before, and a copy of it after."""
     if not call.overwrites:
-        return results
-    (x,) = results
-    copied = array_namespace(x).asarray(x, copy=True)
-    x[...] = 0
-    return (copied,)
+        return run()
+    call.arrays[0][...] = 0
+    (x,) = run()
+    return (array_namespace(x).asarray(x, copy=True),)
 
 
 def _compare(call: Call, got: tuple[Array, ...], expected: tuple[Array, ...]) -> None:
@@ -289,11 +313,20 @@ def _many_values(device: Device, backend: Backend) -> None:
             tuple(a[:, -b.shape[1] :, :] for a, b in zip(whole, expected, strict=True)),
             expected,
         )
+        del whole  # before there is room for the next
 
 
 def _normal(shape: tuple[int, ...], dtype: str, *, seed: int) -> np.ndarray[Any, Any]:
     x = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
     return x.astype(dtype_of(namespace_of(np), dtype), copy=False)
+
+
+def _codes(shape: tuple[int, ...], *, seed: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype="uint8")
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
 
 
 def _tuple(result: Any) -> tuple[Array, ...]:
@@ -312,6 +345,8 @@ class CudaDevice:
         import cupy
 
         self._cupy = cupy
+        # One for all: CuPy's pool keeps apart what was allocated on different streams.
+        self._stream = cupy.cuda.Stream(non_blocking=True)
 
     def describe(self) -> str:
         """See `Device`."""
@@ -329,15 +364,18 @@ class CudaDevice:
         cuda = self._cupy.cuda
         self._cupy.cuda.Device().synchronize()
         calls = 10 if capture else 1
-        with cuda.Stream(non_blocking=True) as stream:
+        with self._stream as stream:
             run: Callable[[], Any] = function
             function()  # what is compiled is, and the pool holds what the next call allocates
             stream.synchronize()
             if capture:
                 stream.begin_capture()
-                for _ in range(calls):
-                    function()
-                run = stream.end_capture().launch
+                try:
+                    for _ in range(calls):
+                        function()
+                finally:  # or nothing could be timed any more
+                    graph = stream.end_capture()
+                run = graph.launch
                 run()
             seconds = []
             for _ in range(5):

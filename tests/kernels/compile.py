@@ -56,6 +56,7 @@ def _compile(program: Any, family: str, architecture: str) -> dict[str, Usage]:
     options = [
         *sources.OPTIONS,
         "-ftz=true",
+        "--device-as-default-execution-space",
         f"--gpu-architecture={architecture}",
         "--ptxas-options=-v",
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from kvcompress_cupy import sources
-from kvcompress_cupy.launches.layout import Launch
+from kvcompress_cupy.launches.layout import SHARED, Launch
 
 from kvcompress._namespace import dtype_of, namespace_of
 
@@ -18,6 +18,10 @@ FLAGS = (
     *("-x", "c++", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing"),
     *("-U_FORTIFY_SOURCE", "-fPIC", "-shared", "-Wall", "-Wno-unknown-pragmas"),
 )
+
+
+GRID, BLOCK, ARGUMENTS = 2**31 - 1, 1024, 4096
+"""Most blocks, threads of a block and bytes of arguments that CUDA launches."""
 
 
 class EmulationError(AssertionError):
@@ -77,6 +81,7 @@ class Kernels:
     ) -> None:
         """Run the blocks from `first` on; the last `writable` arrays are outputs."""
         index = self._index[launch.name]
+        check_launch(launch)
         values = [np.uint64(_pointer(a)) for a in arrays] + list(launch.scalars)
         sizes = [self._argument_size(ctypes.c_uint(index), ctypes.c_size_t(i)) for i in range(99)]
         given = [value.nbytes for value in values]
@@ -104,6 +109,25 @@ class Kernels:
         )
         if error is not None:
             raise EmulationError(f"{launch.name}: {error.decode()}")
+
+
+def check_launch(launch: Launch) -> None:
+    """Raise where CUDA would not launch, or CuPy pass other arguments than are meant."""
+    for scalar in launch.scalars:
+        # CuPy refuses larger arrays of the host, and takes Python's numbers for those of 64 bits.
+        by_value = isinstance(scalar, np.generic | np.ndarray) and scalar.size == 1
+        if not by_value:
+            raise EmulationError(f"{launch.name}: {scalar!r} cannot be passed by value")
+    for what, value, most in (
+        ("blocks", launch.grid, GRID),
+        ("threads", launch.block, BLOCK),
+        ("bytes of shared memory", launch.shared, SHARED),
+        ("bytes of arguments", sum(scalar.nbytes for scalar in launch.scalars), ARGUMENTS),
+    ):
+        # CuPy would launch one block or thread for none.
+        least = what in ("blocks", "threads")
+        if type(value) is not int or not least <= value <= most:
+            raise EmulationError(f"{launch.name}: {value!r} {what}, at most {most}")
 
 
 class EmulatedRuntime:

@@ -76,6 +76,106 @@ def test_a_wrong_kernel_fails(backend, capsys, op, lines):
     assert capsys.readouterr().out.count(f"FAILED {op} ") == lines
 
 
+def test_a_scatter_that_writes_nothing_fails(backend, capsys):
+    backend.scatter_slots = lambda pool, *_: pool
+    conformance.cases = lambda: iter(())
+    assert gpu.run(HostDevice(), backend, (2, 70, 64)) == 1
+    assert "FAILED scatter_slots" in capsys.readouterr().out
+
+
+def test_a_kernel_that_does_not_run_keeps_no_other_from_running(backend, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("\nno image\nfor the device")
+
+    backend.quantize = broken
+    assert gpu.run(HostDevice(), backend, (2, 70, 64)) == 1 + 24
+    lines = capsys.readouterr().out.splitlines()
+    failed = [line for line in lines if line.startswith("FAILED")]
+    assert all(line.endswith("RuntimeError: no image for the device") for line in failed)
+    # Which case it was, and how many there are.
+    assert " cases, the first quantize: float16[1, 1, 1] AffineSpec(" in failed[0]
+    assert sum(line.startswith("dequantize ") for line in lines) == 24
+    assert lines[-1].startswith("25 checks failed")
+
+
+class Clock:
+    """What `CudaDevice` uses of CuPy; a call takes the stream a millisecond."""
+
+    def __init__(self):
+        self.now, self.captured = 0, None
+        self.cuda = SimpleNamespace(
+            Device=lambda: SimpleNamespace(synchronize=lambda: None),
+            Stream=self.stream,
+            Event=lambda: Event(self),
+            get_elapsed_time=lambda start, stop: stop.at - start.at,
+        )
+
+    def stream(self, *, non_blocking):
+        assert non_blocking  # the default one cannot be captured
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def synchronize(self):
+        assert self.captured is None, "a stream that captures cannot be waited for"
+
+    def begin_capture(self):
+        assert self.captured is None, "the stream is capturing"
+        self.captured = 0
+
+    def end_capture(self):
+        count, self.captured = self.captured, None
+        return SimpleNamespace(launch=lambda: self.run(count))
+
+    def run(self, count=1):
+        if self.captured is None:
+            self.now += count
+        else:
+            self.captured += count
+
+
+class Event:
+    def __init__(self, clock):
+        self._clock, self.at = clock, None
+
+    def record(self):
+        self.at = self._clock.now
+
+    def synchronize(self):
+        self._clock.synchronize()
+
+
+@pytest.mark.parametrize("capture", [True, False])
+def test_the_time_of_a_call(monkeypatch, capture):
+    clock = Clock()
+    monkeypatch.setitem(sys.modules, "cupy", clock)
+    device = gpu.CudaDevice()
+    assert device.time(clock.run, capture=capture) == pytest.approx(1e-3)
+    assert device.time(lambda: clock.run(3), capture=capture) == pytest.approx(3e-3)
+
+
+def test_what_cannot_be_captured_keeps_nothing_from_being_timed(monkeypatch):
+    clock = Clock()
+    monkeypatch.setitem(sys.modules, "cupy", clock)
+    device = gpu.CudaDevice()
+    with pytest.raises(AssertionError, match="waited for"):
+        device.time(clock.synchronize, capture=True)
+    assert device.time(clock.run, capture=True) == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize(("failed", "code"), [(0, 0), (3, 1), (256, 1)])
+def test_the_exit_code(monkeypatch, failed, code):
+    available = SimpleNamespace(available=lambda: True)
+    monkeypatch.setattr(gpu, "load", lambda _: available)
+    monkeypatch.setattr(gpu, "CudaDevice", HostDevice)
+    monkeypatch.setattr(gpu, "run", lambda *_: failed)
+    assert gpu.main() == code
+
+
 def test_without_a_gpu(monkeypatch, capsys):
     unavailable = SimpleNamespace(available=lambda: False)
     monkeypatch.setattr(gpu, "load", lambda _: unavailable)

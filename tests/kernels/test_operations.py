@@ -248,6 +248,17 @@ def test_allocated(backend, n):
     assert backend.runtime.copies == 0
 
 
+def test_allocated_of_many_tokens(backend):
+    """As many as a block takes: its shared memory has to do for rows of any width."""
+    for n in (1, 2, 3, 5, 9):
+        x = np.random.default_rng(n).standard_normal((1, 20000, n)).astype("float32")
+        depths = ops.allocate(np.ones((1, n), "float32"), 8 * n)
+        codes = ops.quantize_allocated(x, depths, bits=8 * n)
+        same([backend.quantize_allocated(x, depths, bits=8 * n)], [codes])
+        levels = ops.dequantize_allocated(codes, depths, bits=8 * n)
+        same([backend.dequantize_allocated(codes, depths, bits=8 * n)], [levels])
+
+
 def layouts(x):
     """The values of `x` ``[2, 3, tokens, n]``, laid out in several ways; and copies it takes."""
     swapped = np.ascontiguousarray(np.swapaxes(x.reshape(6, *x.shape[2:]), 0, 1))
@@ -381,4 +392,23 @@ def test_arguments_of_wrong_sizes_are_found(backend):
     array = np.zeros(4, "int32")
     wrong = layout.Launch(**{**vars(launch), "scalars": (*launch.scalars, np.int32(0))})
     with pytest.raises(EmulationError, match="other sizes"):
+        backend.runtime.launch(wrong, array, array, array)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"shared": layout.SHARED + 1}, "shared memory"),
+        ({"block": 1025}, "threads"),
+        ({"grid": 2**31}, "blocks"),
+        ({"grid": 0}, "blocks"),
+        ({"grid": np.int64(1)}, "blocks"),
+        ({"scalars": (1,)}, "by value"),
+        ({"scalars": (np.zeros(2, "int32"),)}, "by value"),
+    ],
+)
+def test_what_a_gpu_would_not_launch_is_found(backend, changed, message):
+    launch = codebooks.lookup(1, row_bytes=4, word=4, size=1, code_bytes=4)
+    array, wrong = np.zeros(4, "int32"), layout.Launch(**{**vars(launch), **changed})
+    with pytest.raises(EmulationError, match=message):
         backend.runtime.launch(wrong, array, array, array)

@@ -20,7 +20,7 @@ def quantize_allocated(x: Rows, *, bits: int, aligned: bool) -> Launch:
     n = x.channels
     width = 4 if aligned else 1
     pitch, size = -(-n // 4) * 4, packed_size(bits, 1)
-    tile_rows, tiles = _tiles(x, n)
+    tile_rows, tiles = _tiles(x, pitch)
     return Launch(
         "quantize_allocated",
         name("quantize_allocated", width),
@@ -58,7 +58,7 @@ def dequantize_allocated(codes: Rows, *, bits: int, channels: int) -> Launch:
     )
 
 
-def _tiles(rows: Rows, channels: int) -> tuple[int, int]:
-    """Rows of a tile, and tiles of a head."""
-    tile_rows = max(1, min(64 * THREADS // channels, rows.tokens))
+def _tiles(rows: Rows, size: int) -> tuple[int, int]:
+    """Rows of a tile, of `size` values or bytes each, and tiles of a head."""
+    tile_rows = max(1, min(64 * THREADS // size, rows.tokens))
     return tile_rows, -(-rows.tokens // tile_rows)
