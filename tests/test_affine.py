@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcompress.ops import AffineSpec, dequantize, quantize, unpack
+from kvcompress.ops import AffineSpec, clip_groups, dequantize, quantize, unpack
 from kvcompress.testing.strategies import tensors
 
 DTYPES = {"float32": "float32", "float16": "float16", "bfloat16": ml_dtypes.bfloat16}
@@ -221,3 +221,16 @@ def test_decodes_to_a_narrower_dtype(xp, dtype):
     assert (abs(wide) > 65504).any()
     expected = np.clip(wide, -65504, 65504) if dtype == "float16" else wide
     np.testing.assert_array_equal(out, expected.astype(out.dtype))
+
+
+@pytest.mark.parametrize("axis", ["channel", "token"])
+def test_groups_longer_than_rows_take_no_more_memory(xp, axis):
+    x = xp.asarray(np.random.default_rng(0).standard_normal((2, 5, 16)).astype("float32"))
+    spec, whole = AffineSpec(2, 2**40, axis), AffineSpec(2, 16, axis)
+    codes, lower, upper = xp.run(quantize, x, spec=spec)
+    got = codes, lower, upper, xp.run(clip_groups, x, spec=spec)
+    expected = *xp.run(quantize, x, spec=whole), xp.run(clip_groups, x, spec=whole)
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(xp.numpy(a), xp.numpy(b))
+    y = xp.run(dequantize, codes, lower, upper, spec=spec, channels=16)
+    assert tuple(y.shape) == (2, 5, 16)

@@ -128,11 +128,12 @@ def _canonical(xp: Any, x: Array) -> Array:
 
 
 def _group(xp: Any, x: Array, size: int, axis: int) -> Array:
-    """``[..., tokens, channels]`` with `axis` cut into ``[groups, size]``.
+    """``[..., tokens, channels]`` with `axis` cut into ``[groups, size]``, or one shorter group.
 
     A short last group is filled up with its own last value, which moves neither end.
     """
     n = x.shape[axis]
+    size = max(1, min(size, n))
     missing = -n % size
     if missing:
         last = x[..., n - 1 :, :] if axis == -2 else x[..., n - 1 :]

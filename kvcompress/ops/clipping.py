@@ -76,7 +76,7 @@ def errors(bits: int) -> np.ndarray:
 
 def _best_cuts(codes: Array, spec: AffineSpec, axis: int) -> Array:
     """Pair of cuts with the least error, for every group in turn; codes of 8 bits, as int32."""
-    xp, size = array_namespace(codes), spec.group_size
+    xp, size = array_namespace(codes), max(1, min(spec.group_size, codes.shape[axis]))
     # One row for a code, so that what is added are rows; the last, without errors, is for gaps.
     table = np.pad(errors(spec.bits), ((0, 0), (0, 1))).T
     gap = list(codes.shape)
@@ -98,5 +98,5 @@ def _best_cuts(codes: Array, spec: AffineSpec, axis: int) -> Array:
 def _spread(ends: Array, size: int, axis: int, n: int) -> Array:
     """Repeat the end of every group for its members."""
     xp = array_namespace(ends)
-    spread = xp.repeat(ends, size, axis=axis)
+    spread = xp.repeat(ends, min(size, n), axis=axis)
     return spread[..., :n, :] if axis == -2 else spread[..., :n]
