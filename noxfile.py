@@ -134,7 +134,8 @@ def kernels(session: nox.Session) -> None:
     """The CUDA kernels, without a GPU: compiled by NVRTC, then run by an emulator (needs g++)."""
     if not shutil.which("g++"):
         session.error("g++ is needed to emulate the CUDA kernels")
-    session.install("-e", ".[test]", "cuda-bindings>=13.0", "nvidia-cuda-nvrtc>=13.0")
+    nvrtc = "cuda-bindings>=13.0", "nvidia-cuda-nvrtc>=13.0"
+    session.install("-e", ".[test]", *nvrtc, *lowest(*EXTRAS["torch"]))
     session.run("python", "tests/kernels/compile.py")
     session.run("pytest", "--numprocesses=2", "--dist=loadgroup", "tests/kernels", *session.posargs)
 
