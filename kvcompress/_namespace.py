@@ -269,11 +269,10 @@ def to_host(x: Array) -> np.ndarray[Any, Any]:
     if compat.is_torch_array(x):
         x = x.detach().cpu()
         if dtype_name(x.dtype) == "bfloat16":
-            torch = sys.modules["torch"]
-            return x.view(torch.int16).numpy().view(_ml_dtypes_bfloat16())  # type: ignore[no-any-return]
-        return x.numpy()  # type: ignore[no-any-return]
-    if compat.is_cupy_array(x):
-        return x.get()  # type: ignore[no-any-return]
+            bits = np.asarray(x.view(sys.modules["torch"].int16))
+            return bits.view(_ml_dtypes_bfloat16())
+    elif compat.is_cupy_array(x):
+        x = x.get()
     return np.asarray(x)
 
 

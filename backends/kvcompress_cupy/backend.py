@@ -54,7 +54,7 @@ class CupyRuntime:
         """Run a kernel on the current stream of the first array's device."""
         (first, *_) = arrays
         pointers = [_NULL if array is None else array for array in (*arrays, *changed)]
-        with first.device:  # type: ignore[union-attr]
+        with first.device:  # type: ignore[union-attr]  # the first is an array
             kernel = _kernel(launch.family, launch.name)
             kernel(
                 (launch.grid,),

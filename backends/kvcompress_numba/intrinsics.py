@@ -21,7 +21,7 @@ LANES = 16
 F32, I8, I16, I32 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32)
 
 
-class Vector(types.Type):  # type: ignore[misc]
+class Vector(types.Type):  # type: ignore[misc]  # Numba has no types
     """Numba's type of a vector of `LANES` elements."""
 
     def __init__(self, name: str, element: ir.Type) -> None:
@@ -30,7 +30,7 @@ class Vector(types.Type):  # type: ignore[misc]
 
 
 @register_model(Vector)
-class _Model(models.PrimitiveModel):  # type: ignore[misc]
+class _Model(models.PrimitiveModel):  # type: ignore[misc]  # Numba has no types
     def __init__(self, manager: Any, vector: Vector) -> None:
         super().__init__(manager, vector, vector.ir)
 

@@ -39,7 +39,7 @@ def app() -> None:
                                    gather what TransformCoding must know of a model
       kvcompress evaluate MODEL --text held-out.txt
                                    what compressed caches do to a model
-    """  # noqa: D301
+    """  # noqa: D301 (click keeps the lines after \b)
 
 
 app.add_command(compare)

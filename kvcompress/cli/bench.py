@@ -122,7 +122,7 @@ def bench(libraries: Sequence[str], dtypes: Sequence[str], shape: str, repeat: i
       kvcompress bench
       kvcompress bench --library jax --shape 1,8,32768,128 --dtype bfloat16
       kvcompress bench --library numpy --library torch --repeat 21
-    """  # noqa: D301
+    """  # noqa: D301 (click keeps the lines after \b)
     sizes = _shape(shape)
     here = {name: LIBRARIES[name]() for name in libraries or installed()}
     cases = (

@@ -77,7 +77,7 @@ def calibrate(
     Examples:
       kvcompress calibrate ./model --text prose.txt --text code.py -o model.cal
       kvcompress calibrate model.gguf --text prose.txt -o model.cal --tokens 100000
-    """  # noqa: D301
+    """  # noqa: D301 (click keeps the lines after \b)
     contents = [read_text(path) for path in texts]
     source = {
         "model": Path(model).name,

@@ -74,7 +74,7 @@ def compare(
       kvcompress compare cache.safetensors --plot compare.png
       kvcompress compare cache.npz --methods Hybrid --sinks 4 --window 128
       kvcompress compare --library jax --json > compare.json
-    """  # noqa: D301
+    """  # noqa: D301 (click keeps the lines after \b)
     names = chosen(methods, NAMES)
     if plot:
         check_plot(plot)

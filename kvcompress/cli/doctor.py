@@ -46,7 +46,7 @@ def doctor(warm: bool) -> None:
     Examples:
       KVCOMPRESS_BACKEND=generic kvcompress doctor
       kvcompress doctor --warm
-    """  # noqa: D301
+    """  # noqa: D301 (click keeps the lines after \b)
     console = stdout()
     console.print(
         f"kvcompress {kvcompress.__version__}, "

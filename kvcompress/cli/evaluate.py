@@ -120,7 +120,7 @@ def evaluate(
       kvcompress evaluate ./model --text held-out.txt
       kvcompress evaluate model.gguf --text held-out.txt --calibration model.cal \\
           --bits 2,3,4 --plot quality.png
-    """  # noqa: D301
+    """  # noqa: D301 (click keeps the lines after \b)
     if plot:
         check_plot(plot)
     contents = [read_text(text) for text in texts]

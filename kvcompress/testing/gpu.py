@@ -9,38 +9,25 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import date
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from kvcompress import ops
 from kvcompress._namespace import (
-    FLOATING,
     Array,
     array_namespace,
     astype,
     dtype_name,
-    dtype_of,
-    namespace_of,
 )
 from kvcompress.backend import Backend, load
 from kvcompress.ops.affine import AffineSpec
-from kvcompress.ops.packing import packed_size
 from kvcompress.ops.rotated import RotatedSpec
 from kvcompress.testing import conformance
+from kvcompress.testing.gpu_calls import AXES, GROUP, SHAPE, Call, as_tuple, calls, normal
 
-SHAPE = (64, 8192, 128)
-"""Heads, tokens and channels of what is timed: 64 Mi values."""
-
-AXES: tuple[Literal["channel", "token"], ...] = ("channel", "token")
-BITS = (2, 3, 4, 8)
-GROUP = 64
-VECTOR = 4
-_HEADS, _BLOCK = 8, 16
 BEYOND = 2**31 + 2**20
 """Values of the one tensor that 32 bits cannot number."""
 
@@ -70,46 +57,6 @@ class Device(Protocol):
         """Tell whether `size` more bytes can be allocated."""
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call that is checked and timed.
-
-    Attributes
-    ----------
-    op : str
-    setting, dtype, bits : str
-        Columns of the table.
-    arrays : tuple of arrays
-    static : dict
-        Keywords of the generic operation.
-    dtype_out : str or None
-        What the kernel narrows its result to, if it does.
-    """
-
-    op: str
-    setting: str
-    dtype: str
-    bits: str
-    arrays: tuple[Array, ...]
-    static: dict[str, Any]
-    dtype_out: str | None = None
-
-    @property
-    def overwrites(self) -> bool:
-        """Whether the first array is changed."""
-        return self.op == "scatter_slots"
-
-    def kernel(self, backend: Backend) -> tuple[Array, ...]:
-        """Call the backend."""
-        static = self.static if self.dtype_out is None else {**self.static, "dtype": self.dtype_out}
-        return _tuple(getattr(backend, self.op)(*self.arrays, **static))
-
-    def generic(self) -> tuple[Array, ...]:
-        """Call the generic operation."""
-        result = _tuple(conformance.generic(self.op)(*self.arrays, **self.static))
-        return result if self.dtype_out is None else (astype(result[0], self.dtype_out),)
-
-
 def run(device: Device, backend: Backend, shape: tuple[int, int, int] = SHAPE) -> int:
     """Check and time all calls; print the table.
 
@@ -129,7 +76,7 @@ def run(device: Device, backend: Backend, shape: tuple[int, int, int] = SHAPE) -
             return None
 
     def table() -> None:
-        for call in calls(device, shape):
+        for call in calls(device.array, shape):
             name = f"{call.op} {call.setting} {call.dtype} {call.bits}"
             line = check(name, partial(_row, call, device, backend, copy))
             if line is not None:
@@ -151,74 +98,6 @@ def run(device: Device, backend: Backend, shape: tuple[int, int, int] = SHAPE) -
     check("many values", lambda: _many_values(device, backend))
     _say(f"{len(failed)} checks failed in {time.perf_counter() - started:.0f} s")
     return len(failed)
-
-
-def calls(device: Device, shape: tuple[int, int, int]) -> Iterator[Call]:
-    """All calls, at the size that is timed; one tensor at a time. None needs a kernel's results."""
-    channels = shape[-1]
-    for dtype in FLOATING:
-        x = device.array(_normal(shape, dtype, seed=0))
-        for axis in AXES:
-            for bits in BITS:
-                spec = AffineSpec(bits, GROUP, axis)
-                yield Call("quantize", f"per {axis}", dtype, str(bits), (x,), {"spec": spec})
-                encoded = ops.quantize(x, spec=spec)
-                static = {"spec": spec, "channels": channels}
-                yield Call("dequantize", f"per {axis}", dtype, str(bits), encoded, static, dtype)
-            static = {"spec": AffineSpec(2, GROUP, axis)}
-            yield Call("clip_groups", f"per {axis}", dtype, "2", (x,), static)
-        for bits in BITS:
-            rotated = RotatedSpec(bits, 0)
-            yield Call("quantize_rotated", "", dtype, str(bits), (x,), {"spec": rotated})
-            coded = ops.quantize_rotated(x, spec=rotated)
-            static = {"spec": rotated, "channels": channels}
-            yield Call("dequantize_rotated", "", dtype, str(bits), coded, static, dtype)
-    heads, tokens, _ = shape
-    x = device.array(_normal(shape, "float16", seed=0))
-    yield Call("within", "", "float16", "", (x,), {"limit": 65504.0})
-    # As an engine has them: tokens of a few heads, in blocks of 16 that are in no order.
-    held = _HEADS if heads % _HEADS == 0 else heads
-    count = heads * tokens // held
-    blocks = np.random.default_rng(4).permutation(-(-count // _BLOCK))
-    slots = device.array((blocks[:, None] * _BLOCK + np.arange(_BLOCK)).reshape(-1).astype("int32"))
-    pool = array_namespace(x).reshape(x, (count, held, channels))
-    pool = array_namespace(x).concat([pool, pool[: slots.shape[0] - count]])
-    yield Call("gather_slots", f"blocks of {_BLOCK}", "float16", "", (pool, slots), {})
-    rows = device.array(_normal((held, slots.shape[0], channels), "float16", seed=6))
-    yield Call("scatter_slots", f"blocks of {_BLOCK}", "float16", "", (pool, slots, rows), {})
-    del rows
-    yield Call("within_paged", "", "float16", "", (pool, slots), {"limit": 65504.0})
-    for axis in AXES:
-        spec = AffineSpec(4, GROUP, axis)
-        yield Call("quantize_paged", f"per {axis}", "float16", "4", (pool, slots), {"spec": spec})
-    static = {"spec": RotatedSpec(4, 0)}
-    yield Call("quantize_rotated_paged", "", "float16", "4", (pool, slots), static)
-    del x, pool, slots
-    vectors = device.array(
-        _normal((heads * tokens * channels // VECTOR, VECTOR), "float32", seed=1)
-    )
-    book = vectors[:256]
-    rate = str(8 // VECTOR)
-    yield Call("nearest", f"256 x {VECTOR}", "float32", rate, (vectors, book), {})
-    codes = device.array(_codes(vectors.shape[:1], seed=7).astype("int32"))
-    yield Call("lookup", f"256 x {VECTOR}", "float32", rate, (codes, book), {})
-    del vectors, codes
-    x = device.array(_normal(shape, "float32", seed=2))
-    books = [
-        device.array(_normal((heads, 256, VECTOR), "float32", seed=i))
-        for i in range(channels // VECTOR)
-    ]
-    yield Call("encode_product", f"256 x {VECTOR}", "float32", rate, (x, *books), {})
-    codes = device.array(_codes((heads, tokens, len(books)), seed=8))
-    yield Call("decode_product", f"256 x {VECTOR}", "float32", rate, (codes, *books), {})
-    del books, codes
-    total = 3 * channels
-    variances = device.array(_normal((heads, channels), "float32", seed=5) ** 2)
-    depths = ops.allocate(variances, total)
-    static = {"bits": total}
-    yield Call("quantize_allocated", "", "float32", "3", (x, depths), static)
-    packed = device.array(_codes((heads, tokens, packed_size(total, 1)), seed=9))
-    yield Call("dequantize_allocated", "", "float32", "3", (packed, depths), static)
 
 
 def _cases() -> dict[str, list[conformance.Case]]:
@@ -296,7 +175,7 @@ def _many_values(device: Device, backend: Backend) -> None:
     if not device.has_room(8 * BEYOND):
         _say("tensors beyond 2**31 values: not checked, too little memory")
         return
-    end = _normal((1, 2**20 // n, n), "float16", seed=3)
+    end = normal((1, 2**20 // n, n), "float16", seed=3)
     x = array_namespace(device.array(end)).zeros((1, BEYOND // n, n), dtype=np.float16)
     x[:, -end.shape[1] :, :] = device.array(end)
     ops_and_specs: list[tuple[str, AffineSpec | RotatedSpec]] = [
@@ -306,7 +185,7 @@ def _many_values(device: Device, backend: Backend) -> None:
     ]
     for op, spec in ops_and_specs:
         call = Call(op, "", "float16", str(spec.bits), (device.array(end),), {"spec": spec})
-        whole = _tuple(getattr(backend, op)(x, spec=spec))
+        whole = as_tuple(getattr(backend, op)(x, spec=spec))
         expected = call.generic()
         _compare(
             call,
@@ -316,21 +195,8 @@ def _many_values(device: Device, backend: Backend) -> None:
         del whole  # before there is room for the next
 
 
-def _normal(shape: tuple[int, ...], dtype: str, *, seed: int) -> np.ndarray[Any, Any]:
-    x = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    return x.astype(dtype_of(namespace_of(np), dtype), copy=False)
-
-
-def _codes(shape: tuple[int, ...], *, seed: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(seed).integers(0, 256, shape, dtype="uint8")
-
-
 def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
-
-
-def _tuple(result: Any) -> tuple[Array, ...]:
-    return result if isinstance(result, tuple) else (result,)
 
 
 def _say(line: str) -> None:
