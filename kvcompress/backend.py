@@ -18,7 +18,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
-from kvcompress._namespace import Array
+from kvcompress.arrays import Array
 from kvcompress.errors import BackendError, BackendWarning
 from kvcompress.ops.slots import Paged, gather_slots
 

@@ -1,8 +1,7 @@
-"""`plan`: a compressor for every layer, bits spread by the damage to be expected; its file."""
+"""`plan`: a compressor for every layer, bits spread by the distortion to be expected; its file."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +9,11 @@ from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-from kvcompress.calibration import Calibration
-from kvcompress.compressor import KVCacheCompressor
+from kvcompress.arrays import HostArray
+from kvcompress.calibration.calibration import Calibration
+from kvcompress.calibration.parameters import LayerParameters
+from kvcompress.calibration.training import Scope, key_bases, rates, value_bases, water_level
+from kvcompress.compressor.compressor import KVCacheCompressor
 from kvcompress.errors import (
     CalibrationError,
     KVCompressError,
@@ -19,13 +21,10 @@ from kvcompress.errors import (
     UnknownLayer,
     check_fraction,
 )
-from kvcompress.layer_code import LayerCode
-from kvcompress.layer_files import load_layers, save_layers
-from kvcompress.layer_statistics import HostArray
+from kvcompress.files import flatten, load_arrays, save_arrays, unflatten
 from kvcompress.methods.transform_coding import EXACT, TransformCoding
-from kvcompress.training import Extent, key_bases, rates, value_bases, water_level
 
-FORMAT = "kvcompress.plan.1"
+FORMAT = "kvcompress.plan.2"
 
 _SAVED = ("sinks", "window", "nonfinite")
 """Options of a compressor that belong to the plan, and not to the machine."""
@@ -66,13 +65,13 @@ class Plan(Mapping[int, KVCacheCompressor]):
         layers: dict[str, Any] = {}
         for layer, compressor in self.items():
             method = compressor.method
-            if not isinstance(method, TransformCoding) or method.code is None:
+            if not isinstance(method, TransformCoding) or method.parameters is None:
                 raise CalibrationError(f"layer {layer} has no calibration, so nothing to save")
-            arrays[layer] = method.code.arrays
+            arrays[layer] = method.parameters.arrays
             options = {name: getattr(compressor, name) for name in _SAVED}
-            settings = {"bits": method.bits, "exact": method.exact, "span": method.span}
+            settings = {"bits": method.bits, "exact": method.exact, "scope": method.scope}
             layers[str(layer)] = {**settings, "options": options}
-        save_layers(arrays, path, FORMAT, {"layers": layers})
+        save_arrays(path, flatten(arrays), form=FORMAT, facts={"layers": layers})
 
     @classmethod
     def load(cls, path: str | PathLike[str], /, *, backend: str | None = None) -> Plan:
@@ -89,22 +88,23 @@ class Plan(Mapping[int, KVCacheCompressor]):
         CalibrationError
             If it is no such file.
         """
-        arrays, facts = load_layers(path, FORMAT, kind="plan")
+        arrays, facts = load_arrays(path, form=FORMAT, kind="a plan")
+        known = unflatten(arrays)
         try:
-            layers = json.loads(facts["layers"])
-            return cls({int(i): _compressor(x, arrays[i], backend) for i, x in layers.items()})
+            layers = facts["layers"]
+            return cls({int(i): _compressor(x, known[i], backend) for i, x in layers.items()})
         except CalibrationError:
             raise
         except (KVCompressError, KeyError, ValueError, TypeError) as error:
-            raise CalibrationError(f"{path} is no plan: {error}") from error
+            raise CalibrationError(f"{path} is not a plan, or damaged: {error}") from error
 
 
 def _compressor(
     settings: Mapping[str, Any], arrays: Mapping[str, HostArray], backend: str | None
 ) -> KVCacheCompressor:
     bits = settings["bits"]
-    code = LayerCode.of(bits, arrays)
-    method = TransformCoding(bits, code, settings["exact"], settings["span"])
+    parameters = LayerParameters.of(bits, arrays)
+    method = TransformCoding(bits, parameters, settings["exact"], settings["scope"])
     return KVCacheCompressor(method, backend=backend, **settings["options"])
 
 
@@ -116,10 +116,10 @@ def plan(
     budget_bytes: int | None = None,
     tokens: int | None = None,
     exact: float = EXACT,
-    span: Extent = "layer",
+    scope: Scope = "layer",
     **options: Any,
 ) -> Plan:
-    """Spread bits over layers, keys and values by the damage expected of their errors, and train.
+    """Spread bits over layers, keys and values by the distortion expected of their errors, and train.
 
     One water level for all coefficients of all layers: those of keys count by the mean square error
     of the logits, those of values by that of the values over their norms.
@@ -133,7 +133,7 @@ def plan(
         Instead of `bits`: bytes for that many tokens of one sequence in all layers.
     exact : float
         Of every `TransformCoding`; what it costs is part of `bits`.
-    span : {"head", "layer"}
+    scope : {"head", "layer"}
         Of every `TransformCoding`.
     **options
         Of `KVCacheCompressor`, such as `sinks` and `window`; exact tokens come on top.
@@ -154,24 +154,25 @@ def plan(
         bits = 8 * budget_bytes / (tokens * values)
     elif bits is None or budget_bytes is not None or tokens is not None:
         raise SettingError("plan needs either bits, or budget_bytes and tokens")
-    damages = {
-        i: (key_bases(s, span).damage, value_bases(s, span).damage) for i, s in statistics.items()
+    distortions = {
+        i: (key_bases(s, scope).distortion, value_bases(s, scope).distortion)
+        for i, s in statistics.items()
     }
     norms = {i: 8 * len(s.value_mean) for i, s in statistics.items()}
     apart = sum(norms.values()) + sum(
-        exact * (16 * keys.size + 32 * len(keys)) for keys, _ in damages.values()
+        exact * (16 * keys.size + 32 * len(keys)) for keys, _ in distortions.values()
     )
-    level = water_level([x for pair in damages.values() for x in pair], bits - apart / values)
+    level = water_level([x for pair in distortions.values() for x in pair], bits - apart / values)
     methods = {}
-    for layer, (keys, vals) in damages.items():
+    for layer, (keys, vals) in distortions.items():
         spent = rates(keys, level).sum() + rates(vals, level).sum()
         share = min(max(float((spent + norms[layer]) / (keys.size + vals.size)), 0.25), 8.0)
-        methods[layer] = TransformCoding(share, statistics[layer], exact, span)
+        methods[layer] = TransformCoding(share, statistics[layer], exact, scope)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        codes = list(pool.map(lambda method: method.code, methods.values()))
+        codes = list(pool.map(lambda method: method.parameters, methods.values()))
     return Plan(
         {
-            layer: KVCacheCompressor(replace(method, calibration=code), **options)
-            for (layer, method), code in zip(methods.items(), codes, strict=True)
+            layer: KVCacheCompressor(replace(method, calibration=parameters), **options)
+            for (layer, method), parameters in zip(methods.items(), codes, strict=True)
         }
     )

@@ -16,7 +16,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-collect_ignore = ["kernels"]  # of the CUDA sources: nox -s kernels
+collect_ignore = ["backends/kernels"]  # of the CUDA sources: nox -s kernels
 
 LIBRARIES = {
     "numpy": ("numpy", "numpy-readonly"),

@@ -7,16 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from kvcompress import (
-    BackendError,
-    BackendWarning,
-    Hybrid,
-    KVCacheCompressor,
-    VectorQuantization,
-    backend,
-    ops,
-)
+from kvcompress import Hybrid, KVCacheCompressor, VectorQuantization, backend, ops
 from kvcompress.backend import Backend, Ops, names, select
+from kvcompress.errors import BackendError, BackendWarning
 from kvcompress.testing import conformance
 
 COMPRESSORS = {"quantize": Hybrid(4, 3), "nearest": VectorQuantization(4, exact=0.0)}

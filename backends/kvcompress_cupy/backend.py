@@ -10,7 +10,7 @@ from typing import Any
 import array_api_compat as compat
 import numpy as np
 
-from kvcompress._namespace import Array, dtype_of, namespace_of
+from kvcompress.arrays import Array, dtype_of, namespace_of
 from kvcompress_cupy import sources
 from kvcompress_cupy.launches.layout import Launch
 from kvcompress_cupy.operations import Operations

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcompress._namespace import FLOATING, dtype_name
+from kvcompress.arrays import FLOATING, dtype_name
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.rotated import RotatedSpec
 

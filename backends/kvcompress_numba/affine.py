@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcompress._namespace import dtype_name
+from kvcompress.arrays import dtype_name
 from kvcompress.ops.affine import AffineSpec
 from kvcompress_numba.arrays import NDArray, Rows, divided, empty, fold, following, rows
 from kvcompress_numba.groups import (

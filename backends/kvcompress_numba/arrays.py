@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from kvcompress._namespace import dtype_name, dtype_of, namespace_of
+from kvcompress.arrays import dtype_name, dtype_of, namespace_of
 from kvcompress_numba.threads import inline
 
 NDArray = np.ndarray[Any, Any]

@@ -15,6 +15,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
+from kvcompress.arrays import FLOAT16_MAX
 from kvcompress_numba.intrinsics import (
     F32,
     I16,
@@ -57,10 +58,10 @@ def store(builder: Any, memory: Memory, index: Any, value: Any) -> None:
 
 @function(types.void)
 def narrow(builder: Any, memory: Memory, index: Any, value: Any) -> None:
-    """`store` what `kvcompress._namespace.narrow` makes of one or 16 numbers."""
+    """`store` what `kvcompress.arrays.narrow` makes of one or 16 numbers."""
     if memory.dtype == types.uint16:
-        value = _choose(builder, "<", value, _all(value, 65504.0))
-        value = _choose(builder, ">", value, _all(value, -65504.0))
+        value = _choose(builder, "<", value, _all(value, FLOAT16_MAX))
+        value = _choose(builder, ">", value, _all(value, -FLOAT16_MAX))
     _narrowed(builder, memory, index, value)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import array_api_compat as compat
 
-from kvcompress._namespace import is_concrete
+from kvcompress.arrays import is_concrete
 
 OPERATIONS = frozenset(
     {

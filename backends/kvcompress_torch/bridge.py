@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvcompress._namespace import dtype_of, namespace_of
+from kvcompress.arrays import dtype_of, namespace_of
 from kvcompress.backend import BUILTIN, Backend
 from kvcompress.errors import BackendWarning, DTypeError
 

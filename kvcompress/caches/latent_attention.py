@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvcompress._namespace import (
+from kvcompress.arrays import (
     FLOATING,
     Array,
     array_namespace,
@@ -17,7 +17,7 @@ from kvcompress._namespace import (
     register_pytrees,
 )
 from kvcompress.errors import DTypeError, NamespaceError, ShapeError
-from kvcompress.rope import RoPE
+from kvcompress.rope.embedding import RoPE
 
 
 @pytree(

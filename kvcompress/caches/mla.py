@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvcompress._namespace import Array, array_namespace, device, is_concrete, library_name
+from kvcompress.arrays import Array, array_namespace, device, is_concrete, library_name
 from kvcompress.caches.latent_attention import MultiHeadLatentAttention
 from kvcompress.errors import NamespaceError, SettingError, ShapeError, UnknownLayer, check_integer
 

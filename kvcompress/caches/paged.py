@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcompress._namespace import (
+from kvcompress.arrays import (
     FLOATING,
     Array,
     array_namespace,

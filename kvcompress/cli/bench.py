@@ -15,12 +15,20 @@ import numpy as np
 from rich.table import Table
 
 from kvcompress import ops
-from kvcompress._namespace import FLOATING, Array, dtype_name, dtype_of, itemsize, namespace_of
+from kvcompress.arrays import (
+    FLOAT16_MAX,
+    FLOATING,
+    Array,
+    dtype_name,
+    dtype_of,
+    itemsize,
+    namespace_of,
+)
 from kvcompress.backend import Ops, select
 from kvcompress.cli.console import InputError, progress, results_table, stdout
 from kvcompress.cli.ladder import ladder, settings
 from kvcompress.cli.libraries import LIBRARIES, Library, installed, median_time
-from kvcompress.compressor import KVCacheCompressor
+from kvcompress.compressor.compressor import KVCacheCompressor
 from kvcompress.ops import AffineSpec, RotatedSpec
 
 Shape: TypeAlias = tuple[int, int, int, int]
@@ -175,7 +183,7 @@ def _measure(
 def _outside(case: Case, ops: Ops) -> float:
     """Share of the time of a compressor that no operation takes."""
     watch = _Stopwatch(ops.backends)
-    with patch("kvcompress.compressor.select", lambda _: watch):
+    with patch("kvcompress.compressor.compressor.select", lambda _: watch):
         start = time.perf_counter()
         case.run(*case.arguments)
         return 1 - sum(watch.seconds) / (time.perf_counter() - start)
@@ -222,7 +230,7 @@ def _cases(shape: Shape, dtype: str, name: str, library: Library) -> Iterator[Ca
 def _operations(x: Array, library: Library) -> Iterator[tuple[Any, ...]]:
     """Operation, setting, what is coded or restored, arguments, static arguments."""
     xp, channels = library.xp, x.shape[-1]
-    yield ops.within, "", x, (x,), {"limit": 65504.0}
+    yield ops.within, "", x, (x,), {"limit": FLOAT16_MAX}
     wide = xp.astype(x, xp.float32)
     yield ops.cast, "to float16", wide, (wide,), {"dtype": "float16"}
     for axis in ("channel", "token"):

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
-from kvcompress.calibration import Calibration
+from kvcompress.arrays import HostArray
+from kvcompress.calibration.calibration import Calibration
 from kvcompress.cli.console import InputError, progress
 from kvcompress.cli.model import load_model, read_text
 from kvcompress.cli.options import text_option
-from kvcompress.metrics import HostArray
-from kvcompress.span_calibration import SpanCalibration, spans_of
+from kvcompress.cross_layer.calibration import CrossLayerCalibration, layer_groups
 
 if TYPE_CHECKING:
     from kvcompress.integrations.transformers import LanguageModel
@@ -65,7 +65,7 @@ def calibrate(
 ) -> None:
     """Gather what `TransformCoding` must know of a MODEL, from texts like those to come.
 
-    With --span model, what `SpanTransform` must know: a covariance of everything that the cache
+    With --span model, what `CrossLayerTransform` must know: a covariance of everything that the cache
     holds of a token, of four bytes times the square of these numbers, and the gradients of the
     model's predictions by it.
 
@@ -88,7 +88,7 @@ def calibrate(
     if span == "head":
         calibration = _started(output, {**source, "rows": rows}, Calibration)
     else:
-        calibration = _started(output, source, SpanCalibration)
+        calibration = _started(output, source, CrossLayerCalibration)
     lm = None
     if calibration is None:
         if span == "head":
@@ -118,8 +118,8 @@ def calibrate(
 
 
 def _started(
-    output: Path, source: dict[str, Any], kind: type[Calibration | SpanCalibration]
-) -> Calibration | SpanCalibration | None:
+    output: Path, source: dict[str, Any], kind: type[Calibration | CrossLayerCalibration]
+) -> Calibration | CrossLayerCalibration | None:
     """Return the calibration in `output`, if there is one, and if it is of the same source."""
     if not output.parent.is_dir():
         raise InputError(f"{output}: no such directory: {output.parent}")
@@ -136,10 +136,10 @@ def _started(
     return calibration
 
 
-def _spans(lm: LanguageModel) -> SpanCalibration:
-    from kvcompress.integrations.transformers import span_layers
+def _spans(lm: LanguageModel) -> CrossLayerCalibration:
+    from kvcompress.integrations.transformers import layer_shapes
 
-    return SpanCalibration(spans_of(span_layers(lm)))
+    return CrossLayerCalibration(layer_groups(layer_shapes(lm)))
 
 
 def _mixed(texts: Sequence[HostArray]) -> Iterator[HostArray]:
@@ -154,16 +154,16 @@ def _mixed(texts: Sequence[HostArray]) -> Iterator[HostArray]:
 def _run(
     lm: LanguageModel,
     sequences: Iterator[HostArray],
-    calibration: Calibration | SpanCalibration,
+    calibration: Calibration | CrossLayerCalibration,
     output: Path,
 ) -> None:
-    from kvcompress.integrations.fisher import cache_gradients
     from kvcompress.integrations.transformers import capture
+    from kvcompress.integrations.transformers.gradients import cache_gradients
 
     saved = time.monotonic()
     for sequence in sequences:
         captured = capture(lm, sequence)
-        if isinstance(calibration, SpanCalibration):
+        if isinstance(calibration, CrossLayerCalibration):
             keys, values, _ = zip(*captured.values(), strict=True)
             gradients = None
             if calibration.weighed < WEIGHED:
@@ -183,7 +183,7 @@ def _run(
     _save(calibration, output)
 
 
-def _save(calibration: Calibration | SpanCalibration, output: Path) -> None:
+def _save(calibration: Calibration | CrossLayerCalibration, output: Path) -> None:
     """Write the file, wholly or not at all."""
     part = output.with_name(f"{output.name}.part")
     try:

@@ -11,7 +11,7 @@ import click
 from rich.table import Table
 
 import kvcompress
-from kvcompress._namespace import dtype_name
+from kvcompress.arrays import dtype_name
 from kvcompress.cli.comparison import Result, measured
 from kvcompress.cli.console import print_json, progress, results_table, stdout
 from kvcompress.cli.figure import check_plot
@@ -20,7 +20,7 @@ from kvcompress.cli.ladder import NAMES, ladder, settings
 from kvcompress.cli.libraries import LIBRARIES, library_option
 from kvcompress.cli.options import chosen, json_option, methods_option, plot_option
 from kvcompress.cli.plot import plot_results
-from kvcompress.compressor import KVCacheCompressor
+from kvcompress.compressor.compressor import KVCacheCompressor
 
 HEADINGS = (
     "method",

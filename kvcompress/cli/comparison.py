@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from kvcompress._namespace import Array, to_host
+from kvcompress.arrays import Array, HostArray, to_host
 from kvcompress.cli.files import Layer
 from kvcompress.cli.libraries import Library, median_time
-from kvcompress.compressor import KVCacheCompressor
+from kvcompress.compressor.compressor import KVCacheCompressor
+from kvcompress.evaluation.metrics import attention, relative_error, relative_mse
 from kvcompress.methods import Method
-from kvcompress.metrics import HostArray, attention, relative_error, relative_mse
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvcompress.cli.figure import save_figure
-from kvcompress.cli.rates import NAMES
+from kvcompress.evaluation.rates import NAMES
 
 if TYPE_CHECKING:
-    from kvcompress.cli.scoring import Report
+    from kvcompress.evaluation.scoring import Report
 
 _LOOKS = ("#CC79A7", "D"), ("#E69F00", "v"), ("#0072B2", "o"), ("#009E73", "s")
 STYLES = dict(zip(NAMES, _LOOKS, strict=True))

@@ -18,10 +18,10 @@ from rich.table import Table
 
 import kvcompress
 from kvcompress import backend
-from kvcompress._namespace import FLOATING, dtype_of, namespace_of
+from kvcompress.arrays import FLOATING, dtype_of, namespace_of
 from kvcompress.cli.console import stdout
 from kvcompress.cli.ladder import NAMES, ladder, settings
-from kvcompress.compressor import KVCacheCompressor
+from kvcompress.compressor.compressor import KVCacheCompressor
 from kvcompress.errors import BackendError
 
 CORE = ("numpy", "array-api-compat", "array-api-extra")

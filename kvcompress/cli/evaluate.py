@@ -13,17 +13,17 @@ import numpy as np
 from rich.table import Table
 
 import kvcompress
-from kvcompress.calibration import Calibration
+from kvcompress.arrays import HostArray
+from kvcompress.calibration.calibration import Calibration
 from kvcompress.cli.console import InputError, print_json, progress, results_table, stdout
 from kvcompress.cli.curve import plot_curves
 from kvcompress.cli.figure import check_plot
 from kvcompress.cli.model import load_model, read_text
 from kvcompress.cli.options import chosen, json_option, methods_option, plot_option, text_option
-from kvcompress.cli.rates import NAMES, SPAN, TRANSFORM, compressors, supports
-from kvcompress.cli.scoring import Report, Result, Row, Tally, result, score
-from kvcompress.methods import SpanTransform
-from kvcompress.metrics import HostArray
-from kvcompress.span_calibration import SpanCalibration
+from kvcompress.cross_layer.calibration import CrossLayerCalibration
+from kvcompress.cross_layer.transform import CrossLayerTransform
+from kvcompress.evaluation.rates import NAMES, SPAN, TRANSFORM, compressors, supports
+from kvcompress.evaluation.scoring import Report, Result, Row, Tally, result, score
 
 HEADINGS = (
     "method",
@@ -47,7 +47,7 @@ above what normal sources of the same covariances need for the same error
 of logits and values."""
 
 CODES = """\
-SpanTransform, {bits:g} bits: its codes, {size:.1f} MB, belong to the model: {share:.1f} % of
+CrossLayerTransform, {bits:g} bits: its codes, {size:.1f} MB, belong to the model: {share:.1f} % of
 its {model:.0f} MB in 16 bits. {tokens:,.0f} tokens save as much."""
 
 
@@ -125,7 +125,7 @@ def evaluate(
         check_plot(plot)
     contents = [read_text(text) for text in texts]
     known = Calibration.load(_existing(calibration)) if calibration else None
-    joint = SpanCalibration.load(_existing(spans)) if spans else None
+    joint = CrossLayerCalibration.load(_existing(spans)) if spans else None
     names, rates = chosen(methods, NAMES), _rates(bits)
     if joint is None:
         if methods is not None and SPAN in names:
@@ -210,9 +210,9 @@ def _codes(rows: Sequence[Row], results: Sequence[Result], model: int) -> list[s
     lines = []
     for row, found in zip(rows, results, strict=True):
         method = row.compressor(0).method
-        if isinstance(method, SpanTransform):
-            size = sum(code.nbytes for code in method.codes)
-            values = sum(code.span.num_values for code in method.codes)
+        if isinstance(method, CrossLayerTransform):
+            size = sum(code.nbytes for code in method.groups)
+            values = sum(code.group.num_values for code in method.groups)
             line = CODES.format(
                 bits=row.bits,
                 size=size / 1e6,

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from kvcompress._namespace import FLOATING, dtype_name, dtype_of, namespace_of
+from kvcompress.arrays import FLOATING, HostArray, dtype_name, dtype_of, namespace_of
 from kvcompress.cli.console import InputError
-from kvcompress.metrics import HostArray
 
 SAMPLE = "data/sample.safetensors"
 

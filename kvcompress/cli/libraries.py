@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 import numpy as np
 
-from kvcompress._namespace import Array, convert, namespace_of
+from kvcompress.arrays import Array, convert, namespace_of
 from kvcompress.cli.console import InputError
 
 T = TypeVar("T")

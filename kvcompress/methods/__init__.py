@@ -5,7 +5,6 @@ from kvcompress.methods.group_quantization import GroupQuantization
 from kvcompress.methods.hybrid import Hybrid
 from kvcompress.methods.low_rank import LowRank
 from kvcompress.methods.rotated_quantization import RotatedQuantization
-from kvcompress.methods.span_transform import SpanTransform
 from kvcompress.methods.transform_coding import TransformCoding
 from kvcompress.methods.vector_quantization import VectorQuantization
 
@@ -17,7 +16,6 @@ __all__ = [
     "Payload",
     "Role",
     "RotatedQuantization",
-    "SpanTransform",
     "TensorSpec",
     "TransformCoding",
     "VectorQuantization",

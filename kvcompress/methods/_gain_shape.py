@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TypeAlias
 
-from kvcompress._namespace import Array, array_namespace, device
+from kvcompress.arrays import Array, array_namespace, device
 
 Errors: TypeAlias = Callable[[], Array]
 """Computes, if asked, the squared error ``[heads, tokens]`` of every token, up to a factor."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kvcompress._namespace import Array, array_namespace, dtype_name
+from kvcompress.arrays import Array, array_namespace, dtype_name
 from kvcompress.backend import Ops
 from kvcompress.methods.base import Payload, TensorSpec
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kvcompress._namespace import (
+from kvcompress.arrays import (
     Array,
     array_namespace,
     astype,

@@ -10,19 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from kvcompress._namespace import (
-    Array,
-    Namespace,
-    array_namespace,
-    device,
-    is_concrete,
-)
+from kvcompress.arrays import Array, HostArray, Namespace, array_namespace, device, is_concrete
 from kvcompress.backend import Ops
+from kvcompress.calibration.parameters import LayerParameters, RoleParameters
 from kvcompress.errors import SettingError
-from kvcompress.layer_code import LayerCode, RoleCode
-from kvcompress.layer_statistics import HostArray
 from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
-from kvcompress.methods._spans import join_batch, join_heads, split_batch, split_heads
+from kvcompress.methods._heads import join_batch, join_heads, split_batch, split_heads
 from kvcompress.methods.base import Payload, Role, TensorSpec
 from kvcompress.ops.casting import cast
 from kvcompress.ops.product import decode_product, encode_product
@@ -31,33 +24,35 @@ NORM_STEP = 12 / 254
 """Octaves between the norms that neighbouring bytes stand for: 12 in all, about the mean."""
 
 
-def encoded_spec(code: LayerCode, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
+def encoded_spec(
+    parameters: LayerParameters, spec: TensorSpec, role: Role
+) -> Mapping[str, TensorSpec]:
     """Arrays of the payload; see `Method.encoded_spec`."""
     heads, tokens, head_dim = spec.shape
-    part, known_heads = _part(code, role), len(code.log_norm)
-    spans, span_dim, _ = part.forward.shape
-    known_dim = span_dim * spans // known_heads
+    part, known_heads = _part(parameters, role), len(parameters.log_norm)
+    units, unit_dim, _ = part.forward.shape
+    known_dim = unit_dim * units // known_heads
     if head_dim != known_dim or heads % known_heads:
         raise SettingError(
             f"the calibration knows {known_heads} heads of {known_dim} {role}, "
             f"got {heads} of {head_dim}"
         )
-    rows = heads // known_heads * spans
+    rows = heads // known_heads * units
     payload = {"codes": TensorSpec((rows, tokens, len(part.codebooks)), "uint8")}
     if role == "values":
         payload["norms"] = TensorSpec((heads, tokens), "uint8")
     return payload
 
 
-def encode(code: LayerCode, x: Array, role: Role, ops: Ops) -> tuple[Payload, Errors]:
+def encode(parameters: LayerParameters, x: Array, role: Role, ops: Ops) -> tuple[Payload, Errors]:
     """Payload of a tensor, and what tells its errors: as the attention logits see those of keys."""
-    xp, tables = array_namespace(x), _tables(code, role, x)
+    xp, tables = array_namespace(x), _tables(parameters, role, x)
     batch, tokens = x.shape[0] // tables.heads, x.shape[1]
     full = ops(cast, x, dtype="float32")
     if role == "values":
         scaled, norm, peak = norms(full)
         full = scaled * inverse(norm)
-    y = join_batch(join_heads(full, tables.together), tables.spans) @ tables.forward
+    y = join_batch(join_heads(full, tables.together), tables.units) @ tables.forward
     codes = ops(encode_product, y, *tables.codebooks)
     payload = {"codes": split_batch(codes, batch, tokens)}
     if role == "values":
@@ -73,9 +68,9 @@ def encode(code: LayerCode, x: Array, role: Role, ops: Ops) -> tuple[Payload, Er
     return payload, errors
 
 
-def decode(code: LayerCode, payload: Payload, role: Role, ops: Ops) -> Array:
+def decode(parameters: LayerParameters, payload: Payload, role: Role, ops: Ops) -> Array:
     """Tensor ``[heads, tokens, head_dim]``, float32."""
-    tables = _tables(code, role, payload["codes"])
+    tables = _tables(parameters, role, payload["codes"])
     x = _directions(tables, payload["codes"], ops)
     if role == "keys":
         return x
@@ -83,19 +78,19 @@ def decode(code: LayerCode, payload: Payload, role: Role, ops: Ops) -> Array:
     return x
 
 
-def heads_together(code: LayerCode) -> int:
-    """Heads in a span, of keys and of values alike."""
-    return len(code.log_norm) // len(code.keys.forward)
+def heads_together(parameters: LayerParameters) -> int:
+    """Heads in a unit, of keys and of values alike."""
+    return len(parameters.log_norm) // len(parameters.keys.forward)
 
 
-def _part(code: LayerCode, role: Role) -> RoleCode:
-    return code.keys if role == "keys" else code.values
+def _part(parameters: LayerParameters, role: Role) -> RoleParameters:
+    return parameters.keys if role == "keys" else parameters.values
 
 
 def _directions(tables: _Tables, codes: Array, ops: Ops) -> Array:
-    """Keys, or the directions of values, that codes ``[batch * spans, tokens, n]`` stand for."""
-    batch, tokens = codes.shape[0] // tables.spans, codes.shape[1]
-    decoded = ops(decode_product, join_batch(codes, tables.spans), *tables.codebooks)
+    """Keys, or the directions of values, that codes ``[batch * units, tokens, n]`` stand for."""
+    batch, tokens = codes.shape[0] // tables.units, codes.shape[1]
+    decoded = ops(decode_product, join_batch(codes, tables.units), *tables.codebooks)
     x = decoded @ tables.backward
     x += tables.offset
     return split_heads(split_batch(x, batch, tokens), tables.together)
@@ -124,7 +119,7 @@ class _Tables:
     backward: Array
     offset: Array
     host_log_norm: HostArray
-    spans: int
+    units: int
 
     @property
     def heads(self) -> int:
@@ -132,8 +127,8 @@ class _Tables:
 
     @property
     def together(self) -> int:
-        """Heads in a span."""
-        return self.heads // self.spans
+        """Heads in a unit."""
+        return self.heads // self.units
 
     def log_norm(self, like: Array) -> Array:
         """Logarithms of typical norms, ``[batch * heads, 1]``."""
@@ -141,22 +136,22 @@ class _Tables:
         return array_namespace(like).asarray(known, device=device(like))[:, None]
 
 
-def _tables(code: LayerCode, role: Role, like: Array) -> _Tables:
+def _tables(parameters: LayerParameters, role: Role, like: Array) -> _Tables:
     """Tables in the library and on the device of `like`."""
     # What a compiler traces must not outlive the trace.
     make = _kept_tables if is_concrete(like) else _make_tables
-    return make(code, role, array_namespace(like), device(like))
+    return make(parameters, role, array_namespace(like), device(like))
 
 
-def _make_tables(code: LayerCode, role: Role, xp: Namespace, where: Any) -> _Tables:
-    part = _part(code, role)
+def _make_tables(parameters: LayerParameters, role: Role, xp: Namespace, where: Any) -> _Tables:
+    part = _part(parameters, role)
 
     def move(x: HostArray) -> Array:
         return xp.asarray(x, device=where)
 
     books = tuple(map(move, part.codebooks))
     forward, backward, offset = map(move, (part.forward, part.backward, part.offset))
-    return _Tables(forward, books, backward, offset, code.log_norm, len(part.forward))
+    return _Tables(forward, books, backward, offset, parameters.log_norm, len(part.forward))
 
 
 _kept_tables = lru_cache(maxsize=1024)(_make_tables)

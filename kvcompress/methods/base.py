@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
-from kvcompress._namespace import Array, itemsize
+from kvcompress.arrays import Array, itemsize
 from kvcompress.backend import Ops
 from kvcompress.errors import SettingError
 

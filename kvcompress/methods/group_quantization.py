@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
-from kvcompress._namespace import Array, dtype_name
+from kvcompress.arrays import Array, dtype_name
 from kvcompress.backend import Ops
 from kvcompress.errors import SettingError, check_integer
 from kvcompress.methods import _grouped

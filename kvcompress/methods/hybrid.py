@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-from kvcompress._namespace import Array, array_namespace, astype, dtype_name
+from kvcompress.arrays import Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Ops
 from kvcompress.errors import SettingError, check_fraction, check_integer
 from kvcompress.methods import _grouped

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from kvcompress._namespace import FLOATING, Array, array_namespace, dtype_name
+from kvcompress.arrays import FLOATING, Array, array_namespace, dtype_name
 from kvcompress.backend import Ops
 from kvcompress.errors import (
     DTypeError,

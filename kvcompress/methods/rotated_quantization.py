@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvcompress._namespace import Array, dtype_name
+from kvcompress.arrays import Array, dtype_name
 from kvcompress.backend import Ops
 from kvcompress.errors import check_integer
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec

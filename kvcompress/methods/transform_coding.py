@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from kvcompress._namespace import Array, astype
+from kvcompress.arrays import Array, astype
 from kvcompress.backend import Ops
+from kvcompress.calibration.parameters import LayerParameters
+from kvcompress.calibration.statistics import LayerStatistics
+from kvcompress.calibration.training import Scope, train
 from kvcompress.errors import CalibrationError, SettingError, check_fraction
-from kvcompress.layer_code import LayerCode
-from kvcompress.layer_statistics import LayerStatistics
 from kvcompress.methods import _own_transform, _trained_transform
-from kvcompress.methods._spans import join_heads, split_heads
+from kvcompress.methods._heads import join_heads, split_heads
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.outliers import gather_rows, largest, put_rows
-from kvcompress.training import Extent, train
 
 EXACT = 0.005
 """Share of the keys kept exact, where nothing else is said."""
@@ -45,14 +45,14 @@ class TransformCoding(Method):
         Bits per value, 0.25 to 8. With a calibration, over keys and values together, met up to the
         rounding to whole bytes per head and token; without one, for keys and values alike, bases
         not included. The `exact` tokens come on top.
-    calibration : LayerStatistics or LayerCode, optional
+    calibration : LayerStatistics or LayerParameters, optional
         Of the layer to be compressed: ``calibration[layer]`` of a `Calibration`, on which bases and
         codebooks are trained at first use, or what was trained so (`plan` trains, and saves). A
         fingerprint alone, as what is compressed carries it, can be compared but not used.
     exact : float
-        Share of the tokens of every span whose keys are coded worst and so kept as they are, in
+        Share of the tokens of every unit whose keys are coded worst and so kept as they are, in
         [0, 1]; each costs its dtype and 32 bits. Worth more than the same bits in codes.
-    span : {"head", "layer"}
+    scope : {"head", "layer"}
         What a calibration codes together: the heads of a layer have much in common, so all of them
         take less; a head by itself can be read without the others.
 
@@ -63,9 +63,9 @@ class TransformCoding(Method):
     """
 
     bits: float
-    calibration: LayerStatistics | LayerCode | str | None = None
+    calibration: LayerStatistics | LayerParameters | str | None = None
     exact: float = EXACT
-    span: Extent = "layer"
+    scope: Scope = "layer"
 
     def __post_init__(self) -> None:
         bits: Any = self.bits
@@ -73,19 +73,19 @@ class TransformCoding(Method):
         if not number or not 0.25 <= bits <= 8:
             raise SettingError(f"bits must be a number from 0.25 to 8, got {bits!r}")
         known = self.calibration
-        if not isinstance(known, LayerStatistics | LayerCode | str | None):
+        if not isinstance(known, LayerStatistics | LayerParameters | str | None):
             raise SettingError(
                 "calibration must be the statistics of a layer, calibration[layer], "
                 f"got {type(known).__name__}"
             )
-        if isinstance(known, LayerCode) and known.bits != bits:
+        if isinstance(known, LayerParameters) and known.bits != bits:
             raise SettingError(f"this was trained for {known.bits} bits per value, not {bits}")
         check_fraction("exact", self.exact)
-        if self.span not in ("head", "layer"):
-            raise SettingError(f'span must be "head" or "layer", got {self.span!r}')
+        if self.scope not in ("head", "layer"):
+            raise SettingError(f'scope must be "head" or "layer", got {self.scope!r}')
 
     @property
-    def code(self) -> LayerCode | None:
+    def parameters(self) -> LayerParameters | None:
         """Bases and codebooks, trained if need be; None without a calibration.
 
         Raises
@@ -98,14 +98,14 @@ class TransformCoding(Method):
                 f"calibration {self.calibration[:12]} is only named here, not present"
             )
         if isinstance(self.calibration, LayerStatistics):
-            return train(self.calibration, self.bits, self.span)
+            return train(self.calibration, self.bits, self.scope)
         return self.calibration
 
     @property
     def fingerprint(self) -> str | None:
         """Fingerprint of `code`."""
-        known = self.calibration if isinstance(self.calibration, str) else self.code
-        return known.fingerprint if isinstance(known, LayerCode) else known
+        known = self.calibration if isinstance(self.calibration, str) else self.parameters
+        return known.fingerprint if isinstance(known, LayerParameters) else known
 
     def detach(self) -> Self:
         return replace(self, calibration=self.fingerprint)
@@ -120,13 +120,15 @@ class TransformCoding(Method):
                 "a KVCacheCompressor whose method is a TransformCoding with that calibration"
             )
         # Statistics can be trained for any rate, also for that of another compressor.
-        code = known if isinstance(known, LayerCode) else train(known, self.bits, self.span)
-        if code.fingerprint != self.calibration:
+        parameters = (
+            known if isinstance(known, LayerParameters) else train(known, self.bits, self.scope)
+        )
+        if parameters.fingerprint != self.calibration:
             raise CalibrationError(
                 f"this was compressed with calibration {self.calibration[:12]}, "
-                f"not with {code.fingerprint[:12]}"
+                f"not with {parameters.fingerprint[:12]}"
             )
-        return replace(self, calibration=code)
+        return replace(self, calibration=parameters)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -134,14 +136,14 @@ class TransformCoding(Method):
             "bits": self.bits,
             "calibration": self.fingerprint,
             "exact": self.exact,
-            "span": self.span,
+            "scope": self.scope,
         }
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
-        code = self.code
+        parameters = self.parameters
         payload = dict(
-            _trained_transform.encoded_spec(code, spec, role)
-            if code
+            _trained_transform.encoded_spec(parameters, spec, role)
+            if parameters
             else _own_transform.encoded_spec(self.bits, spec)
         )
         if kept := self._kept(spec.shape[1], role):
@@ -153,8 +155,8 @@ class TransformCoding(Method):
         return payload
 
     def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
-        if code := self.code:
-            payload, errors = _trained_transform.encode(code, x, role, ops)
+        if parameters := self.parameters:
+            payload, errors = _trained_transform.encode(parameters, x, role, ops)
         else:
             payload, errors = _own_transform.encode(self.bits, x, ops)
         if kept := self._kept(x.shape[1], role):
@@ -164,8 +166,8 @@ class TransformCoding(Method):
         return payload
 
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
-        if code := self.code:
-            x = _trained_transform.decode(code, payload, role, ops)
+        if parameters := self.parameters:
+            x = _trained_transform.decode(parameters, payload, role, ops)
         else:
             x = _own_transform.decode(self.bits, payload, spec, ops)
         if self._kept(spec.shape[1], role):
@@ -182,5 +184,5 @@ class TransformCoding(Method):
     @property
     def _together(self) -> int:
         """Heads that are coded together."""
-        code = self.code
-        return _trained_transform.heads_together(code) if code else 1
+        parameters = self.parameters
+        return _trained_transform.heads_together(parameters) if parameters else 1

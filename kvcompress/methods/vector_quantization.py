@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from kvcompress._namespace import Array, array_namespace, astype, dtype_name
+from kvcompress.arrays import Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Ops
 from kvcompress.errors import SettingError, check_fraction, check_integer
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvcompress._namespace import Array, array_namespace, astype, dtype_name, extremes
+from kvcompress.arrays import Array, array_namespace, astype, dtype_name, extremes
 from kvcompress.ops.casting import cast
 from kvcompress.ops.packing import pack, packed_size, unpack
 

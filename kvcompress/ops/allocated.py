@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcompress._namespace import Array, array_namespace, device, look_up, map_blocks
+from kvcompress.arrays import Array, array_namespace, device, look_up, map_blocks
 from kvcompress.ops.lloyd_max import (
     CELLS_PER_UNIT,
     LARGEST,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcompress._namespace import Array, array_namespace
+from kvcompress.arrays import Array, array_namespace
 
 
 def within(x: Array, *, limit: float) -> Array:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from kvcompress._namespace import Array, array_namespace, astype, dtype_name
-
-HALF_MAX = 65504.0
-"""The largest float16."""
+from kvcompress.arrays import FLOAT16_MAX, Array, array_namespace, astype, dtype_name
 
 
 def cast(x: Array, *, dtype: str) -> Array:
@@ -23,5 +20,5 @@ def cast(x: Array, *, dtype: str) -> Array:
     """
     if dtype == "float16" != dtype_name(x.dtype):
         x = astype(x, "float32")
-        x = array_namespace(x).clip(x, -HALF_MAX, HALF_MAX)
+        x = array_namespace(x).clip(x, -FLOAT16_MAX, FLOAT16_MAX)
     return astype(x, dtype)

@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from kvcompress._namespace import (
+from kvcompress.arrays import (
     Array,
     array_namespace,
     astype,

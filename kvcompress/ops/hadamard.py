@@ -15,7 +15,7 @@ from functools import cache
 
 import numpy as np
 
-from kvcompress._namespace import Array, array_namespace, device
+from kvcompress.arrays import Array, array_namespace, device
 
 
 def hadamard(x: Array, *, seed: int) -> Array:

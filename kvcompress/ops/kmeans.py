@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcompress._namespace import Array, array_namespace, device, first_largest, look_up, map_blocks
+from kvcompress.arrays import Array, array_namespace, device, first_largest, look_up, map_blocks
 
 SAMPLES_PER_CODE = 64
 """Vectors at most that train one centroid."""

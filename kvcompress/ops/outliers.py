@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from kvcompress import _namespace
-from kvcompress._namespace import Array, array_namespace, device, scatter
+from kvcompress.arrays import Array, array_namespace, device, largest_positions, scatter
 
 
 def largest(score: Array, count: int) -> Array:
@@ -23,7 +22,7 @@ def largest(score: Array, count: int) -> Array:
     heads, _ = score.shape
     if count == 0 or heads == 0:
         return xp.zeros((heads, count), dtype=xp.int32, device=device(score))
-    return xp.sort(xp.astype(_namespace.largest(score, count), xp.int32), axis=-1)
+    return xp.sort(xp.astype(largest_positions(score, count), xp.int32), axis=-1)
 
 
 def gather_rows(x: Array, index: Array) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from kvcompress._namespace import Array, array_namespace, device
+from kvcompress.arrays import Array, array_namespace, device
 
 
 def code_dtype(bits: int) -> str:

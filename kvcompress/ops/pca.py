@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from kvcompress._namespace import (
+from kvcompress.arrays import (
     Array,
     array_namespace,
     astype,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcompress._namespace import Array, array_namespace, device, first_largest, look_up, map_blocks
+from kvcompress.arrays import Array, array_namespace, device, first_largest, look_up, map_blocks
 from kvcompress.ops.kmeans import DISTANCES
 
 CODES = 256

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-from kvcompress._namespace import (
+from kvcompress.arrays import (
     Array,
     array_namespace,
     astype,

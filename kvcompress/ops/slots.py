@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvcompress._namespace import Array, array_namespace, device, scatter
+from kvcompress.arrays import Array, array_namespace, device, scatter
 
 
 def gather_slots(pool: Array, slots: Array) -> Array:

@@ -20,7 +20,8 @@ from typing import Any, Literal
 import numpy as np
 
 from kvcompress import ops
-from kvcompress._namespace import (
+from kvcompress.arrays import (
+    FLOAT16_MAX,
     FLOATING,
     Array,
     array_namespace,
@@ -103,7 +104,7 @@ def cases() -> Iterator[Case]:
         x = _tensor(shape, dtype, seed=next(seeds))
         for other in FLOATING:
             yield Case("cast", (x,), {"dtype": other})
-        for limit in (0.5, 2.0**100 if dtype != "float16" else 65504.0):
+        for limit in (0.5, 2.0**100 if dtype != "float16" else FLOAT16_MAX):
             yield Case("within", (x,), {"limit": limit}, _equal)
         for bits, seed in itertools.product(range(1, 9), (0, 7)):
             rotated = RotatedSpec(bits, seed)
@@ -238,7 +239,7 @@ def _tensor(shape: tuple[int, ...], dtype: str, *, seed: int, extreme: bool = Tr
     x[..., -1:] = 0.75
     x[..., 1:2] *= 0  # zeros of both signs
     if extreme and x.size:
-        large = 65504.0 if dtype == "float16" else 2.0**126
+        large = FLOAT16_MAX if dtype == "float16" else 2.0**126
         special = [0.0, -0.0, 2.0**-24, -(2.0**-130), large, -large]
         where = rng.integers(0, x.size, len(special))
         x.reshape(-1)[where] = special

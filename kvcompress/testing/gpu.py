@@ -16,12 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kvcompress._namespace import (
-    Array,
-    array_namespace,
-    astype,
-    dtype_name,
-)
+from kvcompress.arrays import Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Backend, load
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.rotated import RotatedSpec

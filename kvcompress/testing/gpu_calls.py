@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kvcompress import ops
-from kvcompress._namespace import FLOATING, Array, array_namespace, dtype_of, namespace_of
+from kvcompress.arrays import FLOAT16_MAX, FLOATING, Array, array_namespace, dtype_of, namespace_of
 from kvcompress.backend import Backend
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.packing import packed_size
@@ -91,7 +91,7 @@ def calls(array: Callable[[Any], Array], shape: tuple[int, int, int]) -> Iterato
             yield Call("dequantize_rotated", "", dtype, str(bits), coded, static, dtype)
     heads, tokens, _ = shape
     x = array(normal(shape, "float16", seed=0))
-    yield Call("within", "", "float16", "", (x,), {"limit": 65504.0})
+    yield Call("within", "", "float16", "", (x,), {"limit": FLOAT16_MAX})
     # As an engine has them: tokens of a few heads, in blocks of 16 that are in no order.
     held = _HEADS if heads % _HEADS == 0 else heads
     count = heads * tokens // held
@@ -103,7 +103,7 @@ def calls(array: Callable[[Any], Array], shape: tuple[int, int, int]) -> Iterato
     rows = array(normal((held, slots.shape[0], channels), "float16", seed=6))
     yield Call("scatter_slots", f"blocks of {_BLOCK}", "float16", "", (pool, slots, rows), {})
     del rows
-    yield Call("within_paged", "", "float16", "", (pool, slots), {"limit": 65504.0})
+    yield Call("within_paged", "", "float16", "", (pool, slots), {"limit": FLOAT16_MAX})
     for axis in AXES:
         spec = AffineSpec(4, GROUP, axis)
         yield Call("quantize_paged", f"per {axis}", "float16", "4", (pool, slots), {"spec": spec})

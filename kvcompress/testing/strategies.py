@@ -12,9 +12,9 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from kvcompress._namespace import FLOATING, dtype_of, namespace_of
-from kvcompress.checks import LARGEST
-from kvcompress.compressor import QUANT_BITS, KVCacheCompressor
+from kvcompress.arrays import FLOAT16_MAX, FLOATING, dtype_of, namespace_of
+from kvcompress.compressor.compressor import QUANT_BITS, KVCacheCompressor
+from kvcompress.compressor.validation import LARGEST
 from kvcompress.methods import (
     GroupQuantization,
     Hybrid,
@@ -31,7 +31,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 def largest(dtype: str) -> float:
     """Largest magnitude the compressor accepts in the dtype called `dtype`."""
-    return 65504.0 if dtype == "float16" else LARGEST
+    return FLOAT16_MAX if dtype == "float16" else LARGEST
 
 
 def kv_shapes(

@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from kvcompress._namespace import itemsize
+from kvcompress.arrays import itemsize
 from kvcompress.ops.affine import AffineSpec
 from kvcompress_cupy.launches.affine import group_template
 from kvcompress_cupy.launches.layout import THREADS, TYPES, Launch, Rows, reciprocal, turns

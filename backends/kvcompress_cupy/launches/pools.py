@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from kvcompress._namespace import dtype_of, namespace_of
+from kvcompress.arrays import dtype_of, namespace_of
 from kvcompress_cupy.launches.layout import THREADS, Launch, Rows, reciprocal
 from kvcompress_cupy.sources import CTYPES, WORDS, name
 

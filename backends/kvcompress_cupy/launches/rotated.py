@@ -6,7 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from kvcompress._namespace import itemsize
+from kvcompress.arrays import itemsize
 from kvcompress.ops.rotated import RotatedSpec
 from kvcompress_cupy import tables
 from kvcompress_cupy.launches.layout import THREADS, TYPES, Launch, Rows, turns

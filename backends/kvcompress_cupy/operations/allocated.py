@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcompress._namespace import Array
+from kvcompress.arrays import Array
 from kvcompress.ops.packing import packed_size
 from kvcompress_cupy.launches import allocated
 from kvcompress_cupy.operations.base import Kernels

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-from kvcompress._namespace import Array
+from kvcompress.arrays import Array
 from kvcompress_cupy.launches import layout
 from kvcompress_cupy.launches.layout import Launch, Rows
 

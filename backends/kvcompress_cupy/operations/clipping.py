@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcompress._namespace import Array, dtype_name
+from kvcompress.arrays import Array, dtype_name
 from kvcompress.ops.affine import AffineSpec
 from kvcompress_cupy.launches import affine, clipping
 from kvcompress_cupy.launches.layout import CHANNELS

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kvcompress._namespace import Array, dtype_name
+from kvcompress.arrays import Array, dtype_name
 from kvcompress_cupy.launches import codebooks as launches
 from kvcompress_cupy.launches.layout import CHANNELS
 from kvcompress_cupy.operations.base import Kernels

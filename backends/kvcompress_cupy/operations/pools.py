@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcompress._namespace import Array, dtype_name
+from kvcompress.arrays import Array, dtype_name
 from kvcompress_cupy.launches import pools
 from kvcompress_cupy.launches.layout import CHANNELS
 from kvcompress_cupy.operations.base import Kernels, by_heads, in_place

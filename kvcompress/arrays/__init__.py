@@ -1,0 +1,65 @@
+"""Arrays of any library: the one place that asks whose array it is.
+
+For authors of backends outside this package, too: what is named here is public.
+"""
+
+from kvcompress.arrays.host import HostArray, digest
+from kvcompress.arrays.namespace import (
+    FLOAT16_MAX,
+    FLOATING,
+    Array,
+    Namespace,
+    array_namespace,
+    astype,
+    device,
+    dtype_name,
+    dtype_of,
+    is_concrete,
+    itemsize,
+    library_name,
+    namespace_of,
+)
+from kvcompress.arrays.primitives import (
+    extremes,
+    first_largest,
+    largest_positions,
+    look_up,
+    map_blocks,
+    map_matrices,
+    on_cpu,
+    scatter,
+    values_at_a_time,
+)
+from kvcompress.arrays.pytrees import pytree, register_pytrees
+from kvcompress.arrays.transfer import convert, to_host
+
+__all__ = [
+    "FLOAT16_MAX",
+    "FLOATING",
+    "Array",
+    "HostArray",
+    "Namespace",
+    "array_namespace",
+    "astype",
+    "convert",
+    "device",
+    "digest",
+    "dtype_name",
+    "dtype_of",
+    "extremes",
+    "first_largest",
+    "is_concrete",
+    "itemsize",
+    "largest_positions",
+    "library_name",
+    "look_up",
+    "map_blocks",
+    "map_matrices",
+    "namespace_of",
+    "on_cpu",
+    "pytree",
+    "register_pytrees",
+    "scatter",
+    "to_host",
+    "values_at_a_time",
+]

@@ -1,0 +1,290 @@
+"""`Calibration`: statistics of a model's keys, values and queries, gathered as they stream by."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from kvcompress.arrays import (
+    FLOATING,
+    Array,
+    HostArray,
+    array_namespace,
+    digest,
+    dtype_name,
+    to_host,
+)
+from kvcompress.calibration.statistics import LayerStatistics
+from kvcompress.errors import (
+    CalibrationError,
+    DTypeError,
+    NonFiniteError,
+    ShapeError,
+    UnknownLayer,
+    check_integer,
+)
+from kvcompress.files import flatten, load_arrays, save_arrays, unflatten
+
+FORMAT = "kvcompress.calibration.2"
+
+_TINY = 1e-30
+
+
+class Calibration:
+    """Streaming statistics per layer and head: second moments, and rows drawn at random.
+
+    Feed it the keys, values and queries of texts like those to come; what it holds grows with the
+    model, not with the texts. Sums are float64, on the host.
+
+    Parameters
+    ----------
+    rows : int
+        Tokens per layer whose keys and values are kept to train codebooks on.
+    skip : int
+        First tokens of every sequence left out: attention sinks have statistics of their own, and
+        are better kept exact.
+    seed : int
+        Of the choice of rows. Calibrations to be merged need different seeds.
+
+    Attributes
+    ----------
+    provenance : dict
+        What the tokens are from, whatever JSON can hold: saved, but no part of the fingerprint.
+    """
+
+    def __init__(self, *, rows: int = 8192, skip: int = 4, seed: int = 0) -> None:
+        check_integer("rows", rows, 256)
+        check_integer("skip", skip, 0)
+        check_integer("seed", seed, 0)
+        self.rows = rows
+        self.skip = skip
+        self.seed = seed
+        self.provenance: dict[str, Any] = {}
+        self._layers: dict[int, dict[str, HostArray]] = {}
+
+    def __repr__(self) -> str:
+        return f"Calibration({len(self._layers)} layers, {self.tokens:,} tokens)"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that have statistics."""
+        return tuple(sorted(self._layers))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens gathered in the layer that has the fewest; 0 without layers."""
+        return min((int(sums["tokens"]) for sums in self._layers.values()), default=0)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all statistics, in hexadecimal."""
+        return digest(flatten(self._layers))
+
+    def update(self, layer: int, k: Array, v: Array, q: Array | None = None, /) -> None:
+        """Add the tokens of whole sequences to the statistics of a layer, or change nothing.
+
+        Parameters
+        ----------
+        layer : int
+        k, v : arrays ``[batch, num_heads, seq_len, head_dim]``, or without the batch
+            As the cache holds them: keys after RoPE.
+        q : array ``[batch, num_query_heads, seq_len, head_dim]``, or without the batch, optional
+            As attention uses them: after RoPE. Query head ``h`` reads KV head
+            ``h // (num_query_heads // num_heads)``.
+
+        Raises
+        ------
+        NamespaceError, DTypeError, ShapeError, NonFiniteError, SettingError
+        """
+        check_integer("layer", layer, 0)
+        keys, values = _host("k", k), _host("v", v)
+        queries = keys[:, :, :0] if q is None else _host("q", q)
+        self._check(layer, keys, values, queries)
+        batch, heads = keys.shape[:2]
+        # The queries of a group read the same keys: as if they were more tokens.
+        queries = _tokens(queries.reshape(batch, heads, -1 if queries.size else 0, keys.shape[-1]))
+        keys, values = (_tokens(x[:, :, self.skip :]) for x in (keys, values))
+        norms = np.linalg.norm(values, axis=-1, keepdims=True)
+        unit = np.where(norms > _TINY, values / np.maximum(norms, _TINY), 0.0)
+        logs = np.log2(np.maximum(norms[..., 0], _TINY))
+        logs = np.where(norms[..., 0] > _TINY, logs, 0.0)
+        tokens = keys.shape[1]
+        new = {
+            "tokens": np.asarray(float(tokens)),
+            "nonzero": np.sum(norms[..., 0] > _TINY, axis=-1).astype(np.float64),
+            "queries": np.asarray(float(queries.shape[1])),
+            "key_sum": keys.sum(1),
+            "key_moment": _moment(keys),
+            "value_sum": unit.sum(1),
+            "value_moment": _moment(unit),
+            "log_norm_sum": logs.sum(1),
+            "query_moment": np.swapaxes(queries, 1, 2) @ queries,
+            "tags": np.random.default_rng((self.seed, layer, self._seen(layer))).random(tokens),
+            "key_rows": keys.astype(np.float16),
+            "value_rows": unit.astype(np.float16),
+        }
+        self._layers[layer] = _merge(self._layers.get(layer), new, self.rows)
+
+    def merge(self, other: Calibration, /) -> Calibration:
+        """Return the calibration on the tokens of both.
+
+        Raises
+        ------
+        CalibrationError
+            If a layer of both has other shapes, or the rows were drawn with the same seed.
+        """
+        if self.seed == other.seed and self._layers and other._layers:
+            raise CalibrationError(
+                f"calibrations to merge need different seeds, both have {self.seed}"
+            )
+        merged = Calibration(rows=min(self.rows, other.rows), skip=self.skip, seed=self.seed)
+        for layer in {**self._layers, **other._layers}:
+            parts = [c._layers[layer] for c in (self, other) if layer in c._layers]
+            if any(p["key_rows"].shape[::2] != parts[0]["key_rows"].shape[::2] for p in parts):
+                raise CalibrationError(f"layer {layer} has other heads or another head_dim")
+            sums = _merge(None, parts[0], merged.rows)
+            for part in parts[1:]:
+                sums = _merge(sums, part, merged.rows)
+            merged._layers[layer] = sums
+        return merged
+
+    def __getitem__(self, layer: int) -> LayerStatistics:
+        """Statistics of one layer.
+
+        Raises
+        ------
+        UnknownLayer
+            If nothing was gathered for it.
+        CalibrationError
+            If fewer tokens were gathered than a codebook has centroids.
+        """
+        if layer not in self._layers:
+            raise UnknownLayer(
+                f"layer {layer!r} has no statistics; there are {sorted(self._layers)}"
+            )
+        sums = self._layers[layer]
+        tokens, nonzero = float(sums["tokens"]), np.maximum(sums["nonzero"], 1.0)
+        if tokens < 256:
+            raise CalibrationError(f"layer {layer} saw {tokens:.0f} tokens; 256 are the least")
+        every = np.full_like(nonzero, tokens)
+        key_mean, key_covariance = _moments(sums["key_sum"], sums["key_moment"], every)
+        value_mean, value_covariance = _moments(sums["value_sum"], sums["value_moment"], nonzero)
+        heads, head_dim = key_mean.shape
+        queries = float(sums["queries"])
+        moment = sums["query_moment"] / queries if queries else np.eye(head_dim)
+        return LayerStatistics(
+            key_mean=key_mean,
+            key_covariance=key_covariance,
+            query_moment=np.broadcast_to(moment, (heads, head_dim, head_dim)).copy(),
+            value_mean=value_mean,
+            value_covariance=value_covariance,
+            value_log_norm=sums["log_norm_sum"] / nonzero,
+            key_rows=sums["key_rows"],
+            value_rows=sums["value_rows"],
+        )
+
+    def save(self, path: str | PathLike[str], /) -> None:
+        """Write a safetensors file."""
+        settings = {"rows": self.rows, "skip": self.skip, "seed": self.seed}
+        facts = {"settings": settings, "provenance": self.provenance}
+        save_arrays(path, flatten(self._layers), form=FORMAT, facts=facts)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], /) -> Calibration:
+        """Read a file that `save` wrote.
+
+        Raises
+        ------
+        CalibrationError
+            If it is no such file.
+        """
+        arrays, facts = load_arrays(path, form=FORMAT, kind="a calibration")
+        layers = unflatten(arrays)
+        try:
+            calibration = cls(**facts["settings"])
+            calibration.provenance = facts["provenance"]
+            calibration._layers = {int(i): layers[i] for i in sorted(layers, key=int)}
+        except (KeyError, ValueError, TypeError) as error:
+            raise CalibrationError(f"{path} is not a calibration, or damaged: {error}") from error
+        return calibration
+
+    def _seen(self, layer: int) -> int:
+        return int(self._layers[layer]["tokens"]) if layer in self._layers else 0
+
+    def _check(self, layer: int, k: HostArray, v: HostArray, q: HostArray) -> None:
+        if k.shape[:-1] != v.shape[:-1]:
+            raise ShapeError(
+                f"k and v must agree in all sizes but the last, got {k.shape}, {v.shape}"
+            )
+        if q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0] or q.shape[1] % k.shape[1]:
+            raise ShapeError(
+                f"q must have the batch and head_dim of k and a multiple of its heads, "
+                f"got q {q.shape}, k {k.shape}"
+            )
+        if layer in self._layers:
+            known = self._layers[layer]
+            heads, _, key_dim = known["key_rows"].shape
+            expected = (heads, key_dim, known["value_rows"].shape[-1])
+            found = (k.shape[1], k.shape[3], v.shape[3])
+            if expected != found:
+                raise ShapeError(
+                    f"layer {layer} has heads, head_dim of keys and values {expected}, got {found}"
+                )
+
+
+def _host(name: str, x: Array) -> HostArray:
+    array_namespace(x)
+    if dtype_name(x.dtype) not in FLOATING:
+        raise DTypeError(f"{name} must be one of {', '.join(FLOATING)}, got {dtype_name(x.dtype)}")
+    if x.ndim not in (3, 4):
+        raise ShapeError(f"{name} must be [batch, heads, seq_len, head_dim], got {tuple(x.shape)}")
+    host = to_host(x).astype(np.float64)
+    if not np.all(np.isfinite(host)):
+        raise NonFiniteError(f"{name} holds values that are not finite")
+    return host if host.ndim == 4 else host[None]
+
+
+def _tokens(x: HostArray) -> HostArray:
+    """``[batch, heads, seq_len, dim]`` to ``[heads, batch * seq_len, dim]``."""
+    batch, heads, length, dim = x.shape
+    return x.transpose(1, 0, 2, 3).reshape(heads, batch * length, dim)
+
+
+def _merge(
+    old: dict[str, HostArray] | None, new: dict[str, HostArray], rows: int
+) -> dict[str, HostArray]:
+    """Add sums, and keep the rows with the smallest tags of both."""
+    if old is not None:
+        joined = {"tags": 0, "key_rows": 1, "value_rows": 1}
+        new = {
+            name: np.concatenate([old[name], x], axis=joined[name])
+            if name in joined
+            else old[name] + x
+            for name, x in new.items()
+        }
+    if new["tags"].shape[0] > rows:
+        keep = np.sort(np.argpartition(new["tags"], rows)[:rows])
+        new = {
+            **new,
+            "tags": new["tags"][keep],
+            "key_rows": new["key_rows"][:, keep],
+            "value_rows": new["value_rows"][:, keep],
+        }
+    return new
+
+
+def _moment(x: HostArray) -> HostArray:
+    """Sum of the outer products of tokens, all heads side by side, of ``[heads, tokens, dim]``."""
+    flat = np.swapaxes(x, 0, 1).reshape(x.shape[1], -1)
+    moment: HostArray = flat.T @ flat
+    return moment
+
+
+def _moments(total: HostArray, moment: HostArray, count: HostArray) -> tuple[HostArray, HostArray]:
+    """Mean ``[heads, dim]`` and covariance of all heads side by side, from sums."""
+    mean = total / count[:, None]
+    weight = np.repeat(np.sqrt(count), mean.shape[1])
+    flat = mean.ravel()
+    return mean, moment / weight[:, None] / weight - flat[:, None] * flat

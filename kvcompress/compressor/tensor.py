@@ -1,0 +1,77 @@
+"""One tensor: batch folded into the heads, exact tokens set aside, the rest by a method; and back.
+
+A tensor is ``[..., tokens, head_dim]``; a method sees ``[heads, tokens, head_dim]``.
+"""
+
+from __future__ import annotations
+
+import math
+
+from kvcompress.arrays import Array, array_namespace, dtype_name
+from kvcompress.backend import Ops
+from kvcompress.compressed.kv import CompressedTensor
+from kvcompress.compressor.validation import LARGEST
+from kvcompress.methods.base import Method, Role, TensorSpec
+from kvcompress.ops.casting import cast
+from kvcompress.ops.slots import Paged
+
+
+def split_spec(shape: tuple[int, ...], dtype: str, *, exact: int) -> tuple[TensorSpec, TensorSpec]:
+    """Specs of the tokens to encode, and of those to keep exact, which are at most `exact`."""
+    heads, tokens, head_dim = _fold(shape)
+    exact = min(tokens, exact)
+    return (
+        TensorSpec((heads, tokens - exact, head_dim), dtype),
+        TensorSpec((heads, exact, head_dim), dtype),
+    )
+
+
+def readable(x: Array | Paged, method: Method, ops: Ops) -> Array | Paged:
+    """Return `x`, gathered unless the method and a backend can do with it in its pool."""
+    in_place = (
+        isinstance(x, Paged)
+        and method.by_operations
+        and ops.backend_for("within_paged", x.pool, x.slots, limit=LARGEST)
+    )
+    return x if in_place else ops.array(x)
+
+
+def encode(
+    x: Array | Paged, role: Role, method: Method, ops: Ops, *, sinks: int, window: int
+) -> CompressedTensor:
+    """Compress a tensor but for its first `sinks` and last `window` tokens, or all it has."""
+    xp = array_namespace(x)
+    coded, exact = split_spec(x.shape, dtype_name(x.dtype), exact=sinks + window)
+    if x.ndim != 3:
+        x = xp.reshape(x, _fold(x.shape))
+    kept = None
+    if sinks or window:
+        start = min(sinks, x.shape[1])
+        end = x.shape[1] - (exact.shape[1] - start)
+        kept = xp.concat([ops.array(x[:, :start, :]), ops.array(x[:, end:, :])], axis=1)
+        x = x[:, start:end, :]
+    payload = method.encode(x, role, ops)
+    payload = {name: payload[name] for name in sorted(payload)}  # as a pytree orders it
+    ndim = next(iter(payload.values())).ndim
+    return CompressedTensor(payload, kept, method.detach(), role, coded, ndim)
+
+
+def decode(
+    tensor: CompressedTensor, known: Method, ops: Ops, *, shape: tuple[int, ...], sinks: int
+) -> Array:
+    """Restore a tensor of `shape`, of whose exact tokens `sinks` stand at the start.
+
+    What `Method.detach` left out is taken from `known`.
+    """
+    x = tensor.method.attach(known).decode(tensor.payload, tensor.spec, tensor.role, ops)
+    x = ops(cast, x, dtype=tensor.spec.dtype)
+    xp = array_namespace(x)
+    if tensor.exact is not None:
+        x = xp.concat([tensor.exact[:, :sinks, :], x, tensor.exact[:, sinks:, :]], axis=1)
+    return xp.reshape(x, shape)
+
+
+def _fold(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """``[..., tokens, head_dim]`` as ``[heads, tokens, head_dim]``: batch folded into the heads."""
+    *lead, tokens, head_dim = shape
+    return math.prod(lead), tokens, head_dim

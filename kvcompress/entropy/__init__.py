@@ -1,0 +1,1 @@
+"""Entropy coding: range asymmetric numeral systems, streams, and the model of coefficients."""

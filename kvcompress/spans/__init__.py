@@ -1,1 +1,0 @@
-"""Layers coded together: their rows, statistics, bases, and the entropy coder."""
