@@ -53,7 +53,7 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True)
-class Ops:
+class Dispatcher:
     """Runs operations on the first backend that takes them.
 
     Parameters
@@ -90,7 +90,7 @@ class Ops:
         return None
 
 
-def select(name: str | None = None) -> Ops:
+def select(name: str | None = None) -> Dispatcher:
     """Choose the backends.
 
     Parameters
@@ -106,7 +106,7 @@ def select(name: str | None = None) -> Ops:
     """
     name = name or os.environ.get(ENVIRONMENT) or "auto"
     if name == "generic":
-        return Ops()
+        return Dispatcher()
     if name == "auto":
         return _automatic()
     if name not in names():
@@ -120,7 +120,7 @@ def select(name: str | None = None) -> Ops:
         raise BackendError(f"backend {name!r} failed to load: {error}") from error
     if not available:
         raise BackendError(f"backend {name!r} is installed but not available on this machine")
-    return Ops((backend,))
+    return Dispatcher((backend,))
 
 
 def names() -> tuple[str, ...]:
@@ -142,7 +142,7 @@ def load(name: str) -> Backend:
 
 
 @cache
-def _automatic() -> Ops:
+def _automatic() -> Dispatcher:
     found = []
     for name in names():
         try:
@@ -155,4 +155,4 @@ def _automatic() -> Ops:
                 BackendWarning,
                 stacklevel=3,
             )
-    return Ops(tuple(found))
+    return Dispatcher(tuple(found))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kvcompress import Hybrid, KVCacheCompressor, VectorQuantization, backend, ops
-from kvcompress.backend import Backend, Ops, names, select
+from kvcompress.backend import Backend, Dispatcher, names, select
 from kvcompress.errors import BackendError, BackendWarning
 from kvcompress.testing import conformance
 
@@ -191,12 +191,12 @@ def test_the_first_that_supports_a_call_takes_it():
     def unpack(*_, **__):
         return "generic"
 
-    chosen = Ops((Named("a", "unpack"), Named("b", "pack"), Named("c", "pack")))
+    chosen = Dispatcher((Named("a", "unpack"), Named("b", "pack"), Named("c", "pack")))
     assert all(isinstance(b, Backend) for b in chosen.backends)
     assert chosen(pack, 0, n=3) == "b"
     assert chosen(unpack, 0, n=3) == "a"
     assert chosen(pack, 0, n=4) == "generic"
-    assert Ops()(pack, 0, n=3) == "generic"
+    assert Dispatcher()(pack, 0, n=3) == "generic"
 
 
 def test_the_loopback_backend_conforms(loopback):

@@ -14,7 +14,7 @@ import oracle
 import pytest
 
 from kvcompress import Hybrid, LowRank, Method, TensorSpec, VectorQuantization
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.ops import AffineSpec, cast, dequantize, pack, quantize, unpack
 from kvcompress.ops.packing import code_dtype
 
@@ -85,7 +85,7 @@ def write():
         save(f"affine{i}", {"spec": vars(spec)}, arrays)
     for i, (dtype, method) in enumerate(METHODS):
         x = tensor(dtype, i)
-        payload = method.encode(x, "keys", Ops())
+        payload = method.encode(x, "keys", Dispatcher())
         spec = TensorSpec(x.shape, dtype)
         arrays = {**payload, "decoded": decode(payload, method=method, spec=spec)}
         meta = {"method": method.to_dict(), "dtype": dtype, "shape": list(x.shape)}
@@ -134,7 +134,7 @@ def test_quantize(xp, name):
 
 def decode(payload, *, method, spec):
     """As the compressor does: `cast` narrows what the method restores."""
-    return cast(method.decode(payload, spec, "keys", Ops()), dtype=spec.dtype)
+    return cast(method.decode(payload, spec, "keys", Dispatcher()), dtype=spec.dtype)
 
 
 @pytest.mark.parametrize("name", names("method"))

@@ -375,26 +375,26 @@ class PagedKVCache:
         return Paged(self._keys[layer], slots), Paged(self._values[layer], slots)
 
     def _read(self, seq_id: Hashable, layer: int, start: int, stop: int) -> tuple[Array, Array]:
-        ops = select()
-        k, v = (ops.array(x) for x in self._paged(seq_id, layer, start, stop))
+        dispatch = select()
+        k, v = (dispatch.array(x) for x in self._paged(seq_id, layer, start, stop))
         return k, v
 
     def _write(self, layer: int, slots: np.ndarray[Any, Any], k: Array, v: Array) -> None:
-        ops, index = select(), self._index(slots)
+        dispatch, index = select(), self._index(slots)
         for pool, x in ((self._keys, k), (self._values, v)):
-            pool[layer] = ops(scatter_slots, pool[layer], index, x)
+            pool[layer] = dispatch(scatter_slots, pool[layer], index, x)
 
     def _copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole blocks, in all layers."""
         if not sources:
             return
-        ops, size = select(), self.block_size
+        dispatch, size = select(), self.block_size
         source = self._index(self._slots(sources, 0, len(sources) * size))
         target = self._index(self._slots(targets, 0, len(targets) * size))
         for pool in (self._keys, self._values):
             for layer, rows in enumerate(pool):
-                copied = ops(gather_slots, rows, source)
-                pool[layer] = ops(scatter_slots, rows, target, copied)
+                copied = dispatch(gather_slots, rows, source)
+                pool[layer] = dispatch(scatter_slots, rows, target, copied)
 
     def _index(self, rows: np.ndarray[Any, Any]) -> Array:
         return self._xp.asarray(rows, device=self.device)

@@ -24,7 +24,7 @@ from kvcompress.arrays import (
     itemsize,
     namespace_of,
 )
-from kvcompress.backend import Ops, select
+from kvcompress.backend import Dispatcher, select
 from kvcompress.cli.console import InputError, progress, results_table, stdout
 from kvcompress.cli.ladder import ladder, settings
 from kvcompress.cli.libraries import LIBRARIES, Library, installed, median_time
@@ -82,7 +82,7 @@ class Case:
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
     source: tuple[Array, ...]
-    ops: Ops | None = None
+    ops: Dispatcher | None = None
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def _measure(
     )
 
 
-def _outside(case: Case, ops: Ops) -> float:
+def _outside(case: Case, ops: Dispatcher) -> float:
     """Share of the time of a compressor that no operation takes."""
     watch = _Stopwatch(ops.backends)
     with patch("kvcompress.compressor.compressor.select", lambda _: watch):
@@ -190,7 +190,7 @@ def _outside(case: Case, ops: Ops) -> float:
 
 
 @dataclass(frozen=True)
-class _Stopwatch(Ops):
+class _Stopwatch(Dispatcher):
     """Counts the time that operations take."""
 
     seconds: list[float] = field(default_factory=list)
@@ -207,7 +207,9 @@ def _cases(shape: Shape, dtype: str, name: str, library: Library) -> Iterator[Ca
     for op, setting, source, arguments, static in _operations(
         library.xp.reshape(x, (-1, *shape[-2:])), library
     ):
-        for chosen in dict.fromkeys((Ops(), select())):  # the same, where there are no kernels
+        for chosen in dict.fromkeys(
+            (Dispatcher(), select())
+        ):  # the same, where there are no kernels
             backend = chosen.backend_for(op.__name__, *arguments, **static)
             if backend is not None or not chosen.backends:
                 who = "generic" if backend is None else backend.name
@@ -216,7 +218,7 @@ def _cases(shape: Shape, dtype: str, name: str, library: Library) -> Iterator[Ca
     fast = select().backend_for("quantize", x, spec=AffineSpec(BITS, GROUP, "token"))
     for method_name, rungs in ladder([shape[-1]]).items():
         method = rungs[len(rungs) // 2]
-        for chosen in (Ops(), *([select()] if fast else [])):
+        for chosen in (Dispatcher(), *([select()] if fast else [])):
             who = "generic" if fast is None or not chosen.backends else fast.name
             compressor = KVCacheCompressor(method, backend=None if chosen.backends else "generic")
             setting, source = f"{method_name}: {settings(method)}", (x, y)

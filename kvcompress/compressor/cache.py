@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvcompress.arrays import Array, HostArray, array_namespace, dtype_name, to_host
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.compressed.cache import CompressedCache
 from kvcompress.compressed.kv import CompressedKV, KVLayout
 from kvcompress.compressor.layer_group import check_alike, compress_group, decompress_group
@@ -58,7 +58,7 @@ def compress_layer_groups(
     keys: Sequence[Array],
     values: Sequence[Array],
     positions: Sequence[HostArray],
-    ops: Ops,
+    dispatch: Dispatcher,
     *,
     sinks: Sequence[int],
     window: int,
@@ -72,7 +72,7 @@ def compress_layer_groups(
     keys, values : sequences of arrays ``[batch, num_heads, tokens, head_dim]``
         Of all layers, checked.
     positions : sequence of integer arrays ``[tokens]``
-    ops : Ops
+    dispatch : Dispatcher
     sinks : sequence of int
     window : int
     nonfinite : {"raise", "saturate"}
@@ -84,8 +84,8 @@ def compress_layer_groups(
     for code, held in zip(method.groups, layers, strict=True):
         code.group.check([keys[i] for i in held], [values[i] for i in held])
         check_alike([x[i] for i in held for x in (keys, values)])
-    ks = [check_finite(k, "keys", ops, nonfinite) for k in keys]
-    vs = [check_finite(v, "values", ops, nonfinite) for v in values]
+    ks = [check_finite(k, "keys", dispatch, nonfinite) for k in keys]
+    vs = [check_finite(v, "values", dispatch, nonfinite) for v in values]
     spans = [
         compress_group(
             code,

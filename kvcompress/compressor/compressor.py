@@ -332,17 +332,17 @@ class KVCacheCompressor:
         array_namespace(k, v)
         check_shapes(k, v, layout, ndim)
         dtype = check_dtypes(k, v)
-        ops = select(self.backend)
+        dispatch = select(self.backend)
         tensors: dict[Role, Array] = {"keys": k, "values": v}
         methods = {role: self._method(role) for role in tensors}
         for role, x in tensors.items():
             # Settings that do not fit the shape raise here, before anything is computed.
             coded, _ = split_spec(x.shape, dtype, exact=self.sinks + self.window)
             methods[role].encoded_spec(coded, role)
-        read = {role: readable(x, methods[role], ops) for role, x in tensors.items()}
-        finite = {role: check_finite(x, role, ops, self.nonfinite) for role, x in read.items()}
+        read = {role: readable(x, methods[role], dispatch) for role, x in tensors.items()}
+        finite = {role: check_finite(x, role, dispatch, self.nonfinite) for role, x in read.items()}
         keys, values = (
-            encode(x, role, methods[role], ops, sinks=self.sinks, window=self.window)
+            encode(x, role, methods[role], dispatch, sinks=self.sinks, window=self.window)
             for role, x in finite.items()
         )
         sinks = min(self.sinks, k.shape[-2])
@@ -356,9 +356,9 @@ class KVCacheCompressor:
                 f"this holds {compressed.layout.value}, not {layout.value}; "
                 f"use {_DECOMPRESS[compressed.layout]}"
             )
-        ops = select(self.backend)
+        dispatch = select(self.backend)
         k, v = (
-            decode(tensor, self._method(tensor.role), ops, shape=shape, sinks=compressed.sinks)
+            decode(tensor, self._method(tensor.role), dispatch, shape=shape, sinks=compressed.sinks)
             for tensor, shape in zip(
                 (compressed.keys, compressed.values), compressed.shape, strict=True
             )

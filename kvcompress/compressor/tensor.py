@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from kvcompress.arrays import Array, array_namespace, dtype_name
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.compressed.kv import CompressedTensor
 from kvcompress.compressor.validation import LARGEST
 from kvcompress.methods.base import Method, Role, TensorSpec
@@ -26,18 +26,18 @@ def split_spec(shape: tuple[int, ...], dtype: str, *, exact: int) -> tuple[Tenso
     )
 
 
-def readable(x: Array | Paged, method: Method, ops: Ops) -> Array | Paged:
+def readable(x: Array | Paged, method: Method, dispatch: Dispatcher) -> Array | Paged:
     """Return `x`, gathered unless the method and a backend can do with it in its pool."""
     in_place = (
         isinstance(x, Paged)
         and method.by_operations
-        and ops.backend_for("within_paged", x.pool, x.slots, limit=LARGEST)
+        and dispatch.backend_for("within_paged", x.pool, x.slots, limit=LARGEST)
     )
-    return x if in_place else ops.array(x)
+    return x if in_place else dispatch.array(x)
 
 
 def encode(
-    x: Array | Paged, role: Role, method: Method, ops: Ops, *, sinks: int, window: int
+    x: Array | Paged, role: Role, method: Method, dispatch: Dispatcher, *, sinks: int, window: int
 ) -> CompressedTensor:
     """Compress a tensor but for its first `sinks` and last `window` tokens, or all it has."""
     xp = array_namespace(x)
@@ -48,23 +48,28 @@ def encode(
     if sinks or window:
         start = min(sinks, x.shape[1])
         end = x.shape[1] - (exact.shape[1] - start)
-        kept = xp.concat([ops.array(x[:, :start, :]), ops.array(x[:, end:, :])], axis=1)
+        kept = xp.concat([dispatch.array(x[:, :start, :]), dispatch.array(x[:, end:, :])], axis=1)
         x = x[:, start:end, :]
-    payload = method.encode(x, role, ops)
+    payload = method.encode(x, role, dispatch)
     payload = {name: payload[name] for name in sorted(payload)}  # as a pytree orders it
     ndim = next(iter(payload.values())).ndim
     return CompressedTensor(payload, kept, method.detach(), role, coded, ndim)
 
 
 def decode(
-    tensor: CompressedTensor, known: Method, ops: Ops, *, shape: tuple[int, ...], sinks: int
+    tensor: CompressedTensor,
+    known: Method,
+    dispatch: Dispatcher,
+    *,
+    shape: tuple[int, ...],
+    sinks: int,
 ) -> Array:
     """Restore a tensor of `shape`, of whose exact tokens `sinks` stand at the start.
 
     What `Method.detach` left out is taken from `known`.
     """
-    x = tensor.method.attach(known).decode(tensor.payload, tensor.spec, tensor.role, ops)
-    x = ops(cast, x, dtype=tensor.spec.dtype)
+    x = tensor.method.attach(known).decode(tensor.payload, tensor.spec, tensor.role, dispatch)
+    x = dispatch(cast, x, dtype=tensor.spec.dtype)
     xp = array_namespace(x)
     if tensor.exact is not None:
         x = xp.concat([tensor.exact[:, :sinks, :], x, tensor.exact[:, sinks:, :]], axis=1)

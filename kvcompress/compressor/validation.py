@@ -13,7 +13,7 @@ from kvcompress.arrays import (
     dtype_name,
     is_concrete,
 )
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.compressed.kv import KVLayout
 from kvcompress.errors import DTypeError, NamespaceError, NonFiniteError, ShapeError
 from kvcompress.methods.base import Role
@@ -57,17 +57,17 @@ def check_dtypes(k: Array, v: Array) -> str:
     return kinds[0]
 
 
-def check_finite(x: Array, role: Role, ops: Ops, nonfinite: str) -> Array:
+def check_finite(x: Array, role: Role, dispatch: Dispatcher, nonfinite: str) -> Array:
     """Return `x`, saturated if so asked; else raise `NonFiniteError` as far as one can look."""
     limit = FLOAT16_MAX if dtype_name(x.dtype) == "float16" else LARGEST
     if nonfinite == "saturate":
-        xp, x = array_namespace(x), ops.array(x)
+        xp, x = array_namespace(x), dispatch.array(x)
         # No clip: NumPy has none for bfloat16.
         x = xp.where(xp.isnan(x), xp.zeros_like(x), x)
         x = xp.where(x > limit, xp.full_like(x, limit), x)
         return xp.where(x < -limit, xp.full_like(x, -limit), x)
-    if is_concrete(x) and not bool(ops(within, x, limit=limit)):
-        raise NonFiniteError(_first(ops.array(x), limit, role))
+    if is_concrete(x) and not bool(dispatch(within, x, limit=limit)):
+        raise NonFiniteError(_first(dispatch.array(x), limit, role))
     return x
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from kvcompress.arrays import Array, array_namespace, dtype_name
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.methods.base import Payload, TensorSpec
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
 
@@ -33,18 +33,23 @@ def encoded_spec(affine: AffineSpec, spec: TensorSpec) -> Mapping[str, TensorSpe
     }
 
 
-def encode(affine: AffineSpec, x: Array, ops: Ops) -> Payload:
+def encode(affine: AffineSpec, x: Array, dispatch: Dispatcher) -> Payload:
     """Quantize ``x [heads, tokens, channels]``; `affine` says in what dtype ends are."""
-    codes, lower, upper = ops(quantize, x, spec=affine)
+    codes, lower, upper = dispatch(quantize, x, spec=affine)
     ends = array_namespace(x).concat([lower, upper], axis=-1)
     if affine.bits == 8:
         return {"codes": codes, "ends": ends}
-    ends, ends_lower, ends_upper = ops(quantize, ends, spec=_outer(dtype_name(ends.dtype)))
+    ends, ends_lower, ends_upper = dispatch(quantize, ends, spec=_outer(dtype_name(ends.dtype)))
     return {"codes": codes, "ends": ends, "ends_lower": ends_lower, "ends_upper": ends_upper}
 
 
 def decode(
-    affine: AffineSpec, payload: Payload, spec: TensorSpec, ops: Ops, *, dtype: str = "float32"
+    affine: AffineSpec,
+    payload: Payload,
+    spec: TensorSpec,
+    dispatch: Dispatcher,
+    *,
+    dtype: str = "float32",
 ) -> Array:
     """Undo `encode`: of the shape of `spec`, narrowed to `dtype`."""
     _, tokens, channels = spec.shape
@@ -52,9 +57,9 @@ def decode(
     ends = payload["ends"]
     if affine.bits != 8:
         outer = payload["ends_lower"], payload["ends_upper"]
-        ends = ops(dequantize, ends, *outer, spec=_outer(spec.dtype), channels=2 * columns)
+        ends = dispatch(dequantize, ends, *outer, spec=_outer(spec.dtype), channels=2 * columns)
     codes, lower, upper = payload["codes"], ends[..., :columns], ends[..., columns:]
-    return ops(dequantize, codes, lower, upper, spec=affine, channels=channels, dtype=dtype)
+    return dispatch(dequantize, codes, lower, upper, spec=affine, channels=channels, dtype=dtype)
 
 
 def _outer(dtype: str) -> AffineSpec:

@@ -13,7 +13,7 @@ from kvcompress.arrays import (
     look_up,
     map_matrices,
 )
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
 from kvcompress.methods.base import Payload, TensorSpec
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
@@ -58,15 +58,17 @@ def encoded_spec(bits: float, spec: TensorSpec) -> Mapping[str, TensorSpec]:
     }
 
 
-def encode(bits: float, x: Array, ops: Ops) -> tuple[Payload, Errors]:
+def encode(bits: float, x: Array, dispatch: Dispatcher) -> tuple[Payload, Errors]:
     """Payload of a tensor, and what tells its errors."""
     xp, dtype, total = array_namespace(x), dtype_name(x.dtype), _bits(bits, x.shape[-1])
-    scaled, norm, peak = norms(ops(cast, x, dtype="float32"))
+    scaled, norm, peak = norms(dispatch(cast, x, dtype="float32"))
     unit = scaled * inverse(norm)
-    payload = _encode(total, unit, dtype, ops)
-    direction = _decode(total, payload, ops)
+    payload = _encode(total, unit, dtype, dispatch)
+    direction = _decode(total, payload, dispatch)
     gain = best_gain(*(xp.vecdot(x, direction)[..., None] for x in (unit, direction)))
-    codes, lower, upper = ops(quantize, cast(norm * gain * peak, dtype=dtype), spec=_gains(dtype))
+    codes, lower, upper = dispatch(
+        quantize, cast(norm * gain * peak, dtype=dtype), spec=_gains(dtype)
+    )
     gains = {"gain_codes": codes, "gain_lower": lower, "gain_upper": upper}
 
     def errors() -> Array:
@@ -76,21 +78,21 @@ def encode(bits: float, x: Array, ops: Ops) -> tuple[Payload, Errors]:
     return {**payload, **gains}, errors
 
 
-def decode(bits: float, payload: Payload, spec: TensorSpec, ops: Ops) -> Array:
+def decode(bits: float, payload: Payload, spec: TensorSpec, dispatch: Dispatcher) -> Array:
     """Tensor ``[heads, tokens, head_dim]``, float32."""
     gains = (payload[f"gain_{name}"] for name in ("codes", "lower", "upper"))
-    gain = ops(dequantize, *gains, spec=_gains(spec.dtype), channels=1)
-    x = _decode(_bits(bits, spec.shape[-1]), payload, ops)
+    gain = dispatch(dequantize, *gains, spec=_gains(spec.dtype), channels=1)
+    x = _decode(_bits(bits, spec.shape[-1]), payload, dispatch)
     x *= gain
     return x
 
 
-def _encode(total: int, x: Array, dtype: str, ops: Ops) -> Payload:
+def _encode(total: int, x: Array, dtype: str, dispatch: Dispatcher) -> Payload:
     """Payload of directions ``[heads, tokens, head_dim]``, without gains."""
     xp, head_dim = array_namespace(x), x.shape[-1]
     principal, _ = principal_components(x, head_dim)
     spec = AffineSpec(8, head_dim, "channel", dtype)
-    basis, lower, upper = ops(quantize, astype(principal.basis, "float32"), spec=spec)
+    basis, lower, upper = dispatch(quantize, astype(principal.basis, "float32"), spec=spec)
     payload = {
         "basis": basis,
         "basis_lower": lower,
@@ -101,12 +103,12 @@ def _encode(total: int, x: Array, dtype: str, ops: Ops) -> Payload:
     x = x / principal.scale
     x -= astype(payload["mean"], "float32")
     # By the inverse of the basis as it will be decoded: its rounding then costs nothing.
-    y = x @ xp.matrix_transpose(map_matrices(xp.linalg.inv, _basis(payload, ops)))
+    y = x @ xp.matrix_transpose(map_matrices(xp.linalg.inv, _basis(payload, dispatch)))
     deviation = xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True) / max(x.shape[-2], 1))
     payload["depths"] = allocate((deviation * deviation)[:, 0, :], total)
     payload["step"] = cast(_best_step(y, deviation, payload["depths"]), dtype=dtype)
     y = y / _divisor(astype(payload["step"], "float32"))
-    payload["codes"] = ops(quantize_allocated, y, payload["depths"], bits=total)
+    payload["codes"] = dispatch(quantize_allocated, y, payload["depths"], bits=total)
     return payload
 
 
@@ -127,21 +129,21 @@ def _divisor(step: Array) -> Array:
     return array_namespace(step).where(step > 0, step, 1.0)
 
 
-def _decode(total: int, payload: Payload, ops: Ops) -> Array:
+def _decode(total: int, payload: Payload, dispatch: Dispatcher) -> Array:
     xp = array_namespace(payload["codes"])
-    levels = ops(dequantize_allocated, payload["codes"], payload["depths"], bits=total)
+    levels = dispatch(dequantize_allocated, payload["codes"], payload["depths"], bits=total)
     levels *= astype(payload["step"], "float32")
-    x = levels @ xp.matrix_transpose(_basis(payload, ops))
+    x = levels @ xp.matrix_transpose(_basis(payload, dispatch))
     x += astype(payload["mean"], "float32")
     x *= payload["scale"]
     return x
 
 
-def _basis(payload: Payload, ops: Ops) -> Array:
+def _basis(payload: Payload, dispatch: Dispatcher) -> Array:
     codes, head_dim = payload["basis"], payload["basis"].shape[-1]
     spec = AffineSpec(8, head_dim, "channel", dtype_name(payload["basis_lower"].dtype))
     ends = payload["basis_lower"], payload["basis_upper"]
-    return ops(dequantize, codes, *ends, spec=spec, channels=head_dim)
+    return dispatch(dequantize, codes, *ends, spec=spec, channels=head_dim)
 
 
 def _bits(bits: float, head_dim: int) -> int:

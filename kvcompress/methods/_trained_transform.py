@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kvcompress.arrays import Array, HostArray, Namespace, array_namespace, device, is_concrete
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.calibration.parameters import LayerParameters, RoleParameters
 from kvcompress.errors import SettingError
 from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
@@ -44,34 +44,38 @@ def encoded_spec(
     return payload
 
 
-def encode(parameters: LayerParameters, x: Array, role: Role, ops: Ops) -> tuple[Payload, Errors]:
+def encode(
+    parameters: LayerParameters, x: Array, role: Role, dispatch: Dispatcher
+) -> tuple[Payload, Errors]:
     """Payload of a tensor, and what tells its errors: as the attention logits see those of keys."""
     xp, tables = array_namespace(x), _tables(parameters, role, x)
     batch, tokens = x.shape[0] // tables.heads, x.shape[1]
-    full = ops(cast, x, dtype="float32")
+    full = dispatch(cast, x, dtype="float32")
     if role == "values":
         scaled, norm, peak = norms(full)
         full = scaled * inverse(norm)
     y = join_batch(join_heads(full, tables.together), tables.units) @ tables.forward
-    codes = ops(encode_product, y, *tables.codebooks)
+    codes = dispatch(encode_product, y, *tables.codebooks)
     payload = {"codes": split_batch(codes, batch, tokens)}
     if role == "values":
-        direction = _directions(tables, payload["codes"], ops)
+        direction = _directions(tables, payload["codes"], dispatch)
         gain = best_gain(*(xp.vecdot(a, direction)[..., None] for a in (full, direction)))
         payload["norms"] = _norm_bytes((norm * gain * peak)[..., 0], tables.log_norm(x))
 
     def errors() -> Array:
-        error = y - ops(decode_product, codes, *tables.codebooks)
+        error = y - dispatch(decode_product, codes, *tables.codebooks)
         error = xp.clip(error, -(2.0**60), 2.0**60)
         return split_batch(xp.vecdot(error, error)[..., None], batch, tokens)[..., 0]
 
     return payload, errors
 
 
-def decode(parameters: LayerParameters, payload: Payload, role: Role, ops: Ops) -> Array:
+def decode(
+    parameters: LayerParameters, payload: Payload, role: Role, dispatch: Dispatcher
+) -> Array:
     """Tensor ``[heads, tokens, head_dim]``, float32."""
     tables = _tables(parameters, role, payload["codes"])
-    x = _directions(tables, payload["codes"], ops)
+    x = _directions(tables, payload["codes"], dispatch)
     if role == "keys":
         return x
     x *= _norms(payload["norms"], tables.log_norm(x))[..., None]
@@ -87,10 +91,10 @@ def _part(parameters: LayerParameters, role: Role) -> RoleParameters:
     return parameters.keys if role == "keys" else parameters.values
 
 
-def _directions(tables: _Tables, codes: Array, ops: Ops) -> Array:
+def _directions(tables: _Tables, codes: Array, dispatch: Dispatcher) -> Array:
     """Keys, or the directions of values, that codes ``[batch * units, tokens, n]`` stand for."""
     batch, tokens = codes.shape[0] // tables.units, codes.shape[1]
-    decoded = ops(decode_product, join_batch(codes, tables.units), *tables.codebooks)
+    decoded = dispatch(decode_product, join_batch(codes, tables.units), *tables.codebooks)
     x = decoded @ tables.backward
     x += tables.offset
     return split_heads(split_batch(x, batch, tokens), tables.together)

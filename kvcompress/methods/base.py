@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 from kvcompress.arrays import Array, itemsize
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.errors import SettingError
 
 Role: TypeAlias = Literal["keys", "values"]
@@ -71,11 +71,11 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
+    def encode(self, x: Array, role: Role, dispatch: Dispatcher) -> Payload:
         """Compress ``x [heads, tokens, head_dim]``."""
 
     @abstractmethod
-    def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
+    def decode(self, payload: Payload, spec: TensorSpec, role: Role, dispatch: Dispatcher) -> Array:
         """Restore the tensor of shape `spec.shape`, in float32 or in its dtype."""
 
     def bind(self, quant_bits: int) -> Self:

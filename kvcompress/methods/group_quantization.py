@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 from kvcompress.arrays import Array, dtype_name
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.errors import SettingError, check_integer
 from kvcompress.methods import _grouped
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
@@ -63,15 +63,15 @@ class GroupQuantization(Method):
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         return _grouped.encoded_spec(self._affine(spec.dtype, role), spec)
 
-    def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
+    def encode(self, x: Array, role: Role, dispatch: Dispatcher) -> Payload:
         affine = self._affine(dtype_name(x.dtype), role)
         if self.bits == 2:
-            x = ops(clip_groups, x, spec=affine)
-        return _grouped.encode(affine, x, ops)
+            x = dispatch(clip_groups, x, spec=affine)
+        return _grouped.encode(affine, x, dispatch)
 
-    def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
+    def decode(self, payload: Payload, spec: TensorSpec, role: Role, dispatch: Dispatcher) -> Array:
         affine = self._affine(spec.dtype, role)
-        return _grouped.decode(affine, payload, spec, ops, dtype=spec.dtype)
+        return _grouped.decode(affine, payload, spec, dispatch, dtype=spec.dtype)
 
     def _affine(self, dtype: str, role: Role) -> AffineSpec:
         if not self.bits:

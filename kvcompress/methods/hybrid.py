@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from kvcompress.arrays import Array, array_namespace, astype, dtype_name
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.errors import SettingError, check_fraction, check_integer
 from kvcompress.methods import _grouped
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
@@ -70,10 +70,10 @@ class Hybrid(Method):
             **basis_spec(spec, self.rank),
         }
 
-    def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
+    def encode(self, x: Array, role: Role, dispatch: Dispatcher) -> Payload:
         xp, dtype = array_namespace(x), dtype_name(x.dtype)
         heads, tokens, _ = x.shape
-        wide = ops(cast, x, dtype="float32")
+        wide = dispatch(cast, x, dtype="float32")
         principal, coefficients = principal_components(wide, self.rank, dtype=dtype)
         index, value = self._outliers(coefficients)
         if index.shape[1]:
@@ -81,17 +81,17 @@ class Hybrid(Method):
             flat = put_rows(flat, index, xp.zeros_like(value), overwrite=True)
             coefficients = xp.reshape(flat, coefficients.shape)
         return {
-            **_grouped.encode(self._affine(dtype), coefficients, ops),
+            **_grouped.encode(self._affine(dtype), coefficients, dispatch),
             "outlier_index": index,
             "outlier_value": astype(value, dtype),
             **principal._asdict(),
         }
 
-    def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
+    def decode(self, payload: Payload, spec: TensorSpec, role: Role, dispatch: Dispatcher) -> Array:
         xp = array_namespace(*payload.values())
         heads, tokens, _ = spec.shape
         affine = self._affine(spec.dtype)
-        coefficients = _grouped.decode(affine, payload, self._coefficients(spec), ops)
+        coefficients = _grouped.decode(affine, payload, self._coefficients(spec), dispatch)
         flat = xp.reshape(coefficients, (heads, tokens * self.rank))
         value = astype(payload["outlier_value"], "float32")
         flat = put_rows(flat, payload["outlier_index"], value, overwrite=True)

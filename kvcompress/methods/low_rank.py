@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from kvcompress.arrays import FLOATING, Array, array_namespace, dtype_name
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.errors import (
     DTypeError,
     NonFiniteError,
@@ -86,15 +86,15 @@ class LowRank(Method):
         coefficients = TensorSpec((heads, tokens, self.rank), spec.dtype)
         return {"coefficients": coefficients, **basis_spec(spec, self.rank)}
 
-    def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
+    def encode(self, x: Array, role: Role, dispatch: Dispatcher) -> Payload:
         dtype = dtype_name(x.dtype)
-        wide = ops(cast, x, dtype="float32")
+        wide = dispatch(cast, x, dtype="float32")
         principal, coefficients = principal_components(wide, self.rank, dtype=dtype)
-        return {"coefficients": ops(cast, coefficients, dtype=dtype), **principal._asdict()}
+        return {"coefficients": dispatch(cast, coefficients, dtype=dtype), **principal._asdict()}
 
-    def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
+    def decode(self, payload: Payload, spec: TensorSpec, role: Role, dispatch: Dispatcher) -> Array:
         arrays = dict(payload)
-        coefficients = ops(cast, arrays.pop("coefficients"), dtype="float32")
+        coefficients = dispatch(cast, arrays.pop("coefficients"), dtype="float32")
         return reconstruct(Principal(**arrays), coefficients)
 
 

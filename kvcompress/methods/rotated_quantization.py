@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvcompress.arrays import Array, dtype_name
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.errors import check_integer
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
@@ -57,15 +57,17 @@ class RotatedQuantization(Method):
             "gain_upper": ends,
         }
 
-    def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
+    def encode(self, x: Array, role: Role, dispatch: Dispatcher) -> Payload:
         dtype = dtype_name(x.dtype)
-        codes, gain = ops(quantize_rotated, x, spec=self._spec)
+        codes, gain = dispatch(quantize_rotated, x, spec=self._spec)
         # Cast first: the gain of a token of 65504s, corrected, is a little more.
-        gain_codes, lower, upper = ops(quantize, ops(cast, gain, dtype=dtype), spec=_gains(dtype))
+        gain_codes, lower, upper = dispatch(
+            quantize, dispatch(cast, gain, dtype=dtype), spec=_gains(dtype)
+        )
         return {"codes": codes, "gain_codes": gain_codes, "gain_lower": lower, "gain_upper": upper}
 
-    def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
-        gain = ops(
+    def decode(self, payload: Payload, spec: TensorSpec, role: Role, dispatch: Dispatcher) -> Array:
+        gain = dispatch(
             dequantize,
             payload["gain_codes"],
             payload["gain_lower"],
@@ -74,7 +76,7 @@ class RotatedQuantization(Method):
             channels=1,
         )
         static = {"spec": self._spec, "channels": spec.shape[-1], "dtype": spec.dtype}
-        return ops(dequantize_rotated, payload["codes"], gain, **static)
+        return dispatch(dequantize_rotated, payload["codes"], gain, **static)
 
     @property
     def _spec(self) -> RotatedSpec:

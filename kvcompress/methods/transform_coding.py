@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from kvcompress.arrays import Array, astype
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.calibration.parameters import LayerParameters
 from kvcompress.calibration.statistics import LayerStatistics
 from kvcompress.calibration.training import Scope, train
@@ -154,22 +154,22 @@ class TransformCoding(Method):
             payload["exact_value"] = TensorSpec((rows, kept, width), spec.dtype)
         return payload
 
-    def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
+    def encode(self, x: Array, role: Role, dispatch: Dispatcher) -> Payload:
         if parameters := self.parameters:
-            payload, errors = _trained_transform.encode(parameters, x, role, ops)
+            payload, errors = _trained_transform.encode(parameters, x, role, dispatch)
         else:
-            payload, errors = _own_transform.encode(self.bits, x, ops)
+            payload, errors = _own_transform.encode(self.bits, x, dispatch)
         if kept := self._kept(x.shape[1], role):
             index = largest(errors(), kept)
             exact = gather_rows(join_heads(x, self._together), index)
             payload |= {"exact_index": index, "exact_value": exact}
         return payload
 
-    def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
+    def decode(self, payload: Payload, spec: TensorSpec, role: Role, dispatch: Dispatcher) -> Array:
         if parameters := self.parameters:
-            x = _trained_transform.decode(parameters, payload, role, ops)
+            x = _trained_transform.decode(parameters, payload, role, dispatch)
         else:
-            x = _own_transform.decode(self.bits, payload, spec, ops)
+            x = _own_transform.decode(self.bits, payload, spec, dispatch)
         if self._kept(spec.shape[1], role):
             together, exact = self._together, astype(payload["exact_value"], "float32")
             x = join_heads(x, together)

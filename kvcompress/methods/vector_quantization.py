@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from kvcompress.arrays import Array, array_namespace, astype, dtype_name
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.errors import SettingError, check_fraction, check_integer
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.casting import cast
@@ -71,17 +71,17 @@ class VectorQuantization(Method):
             "exact_value": TensorSpec((heads, kept, head_dim), spec.dtype),
         }
 
-    def encode(self, x: Array, role: Role, ops: Ops) -> Payload:
+    def encode(self, x: Array, role: Role, dispatch: Dispatcher) -> Payload:
         xp, dtype = array_namespace(x), dtype_name(x.dtype)
         heads, tokens, head_dim = x.shape
-        centered, mean, scale = center(ops(cast, x, dtype="float32"), dtype=dtype)
+        centered, mean, scale = center(dispatch(cast, x, dtype="float32"), dtype=dtype)
         dim = self._dim(head_dim)
         places = head_dim // dim
         vectors = xp.reshape(centered, (heads * tokens * places, dim))
         codebook = kmeans(vectors, self.codebook_size, iterations=self.iterations, seed=self.seed)
         codebook = astype(codebook, dtype)
-        codes = ops(nearest, vectors, astype(codebook, "float32"))
-        error = xp.reshape(vectors - ops(lookup, codes, astype(codebook, "float32")), x.shape)
+        codes = dispatch(nearest, vectors, astype(codebook, "float32"))
+        error = xp.reshape(vectors - dispatch(lookup, codes, astype(codebook, "float32")), x.shape)
         index = largest(xp.sum(error * error, axis=-1), self._kept(tokens))
         return {
             "codes": pack(xp.reshape(codes, (heads, tokens, places)), self._bits),
@@ -92,13 +92,13 @@ class VectorQuantization(Method):
             "exact_value": gather_rows(x, index),
         }
 
-    def decode(self, payload: Payload, spec: TensorSpec, role: Role, ops: Ops) -> Array:
+    def decode(self, payload: Payload, spec: TensorSpec, role: Role, dispatch: Dispatcher) -> Array:
         xp = array_namespace(*payload.values())
         heads, tokens, head_dim = spec.shape
         places = head_dim // self._dim(head_dim)
         codes = unpack(payload["codes"], self._bits, places)
         codes = xp.reshape(codes, (heads * tokens * places,))
-        vectors = ops(lookup, codes, astype(payload["codebook"], "float32"))
+        vectors = dispatch(lookup, codes, astype(payload["codebook"], "float32"))
         x = xp.reshape(vectors, spec.shape)
         x += astype(payload["mean"], "float32")
         x *= payload["scale"]

@@ -401,8 +401,8 @@ def test_swapped_out_and_back_without_projecting_twice(
     assert compressed.shape == ((BATCH, 9, ROPE), (BATCH, 9, RANK))
     originals, restored = (key, latent), back.get_compressed_kv(0)[::-1]
     for (role, m), x, got in zip(methods.items(), originals, restored, strict=True):
-        ops, spec = select("generic"), TensorSpec(tuple(x.shape), "float32")
-        alone = m.decode(m.encode(x, role, ops), spec, role, ops)
+        dispatch, spec = select("generic"), TensorSpec(tuple(x.shape), "float32")
+        alone = m.decode(m.encode(x, role, dispatch), spec, role, dispatch)
         np.testing.assert_array_equal(xp.numpy(got), xp.numpy(alone))
         assert not np.array_equal(xp.numpy(got), xp.numpy(x))  # the codec is lossy here
     back.append(0, xp.asarray(states(1)))

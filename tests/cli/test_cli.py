@@ -307,8 +307,8 @@ def test_bench(library, monkeypatch):
     result = run("bench", "--library", library, "--shape", "1,2,64,16", "--repeat", "1")
     assert result.exit_code == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
-    ops = [row[0] for row in rows if "generic" in row[:3]]
-    assert ops == [*OPERATIONS, *["compress", "decompress"] * len(names)]
+    dispatch = [row[0] for row in rows if "generic" in row[:3]]
+    assert dispatch == [*OPERATIONS, *["compress", "decompress"] * len(names)]
 
 
 def test_bench_of_all_libraries_and_dtypes(monkeypatch):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import bfloat16
 from kvcompress import GroupQuantization, KVCacheCompressor, TensorSpec
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.errors import SettingError
 from kvcompress.ops import AffineSpec, clip_groups
 from kvcompress.testing.strategies import tensors
@@ -34,12 +34,12 @@ METHODS = [
 
 
 def encode(x, *, method, role="keys"):
-    return method.encode(x, role, Ops())
+    return method.encode(x, role, Dispatcher())
 
 
 def decode(payload, *, method, spec, role="keys"):
     """In float32: what narrowing adds is tested with the operations."""
-    return method.decode(payload, replace(spec, dtype="float32"), role, Ops())
+    return method.decode(payload, replace(spec, dtype="float32"), role, Dispatcher())
 
 
 def integer_error(values, low, high, bits):

@@ -22,7 +22,7 @@ from kvcompress import (
     VectorQuantization,
     methods,
 )
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.errors import DTypeError, NamespaceError, NonFiniteError, SettingError
 from kvcompress.ops import cast
 from kvcompress.testing import strategies as kvst
@@ -45,12 +45,12 @@ def tensor(dtype="float32", shape=SHAPE, seed=0):
 
 
 def encode(x, *, method):
-    return method.encode(x, "keys", Ops())
+    return method.encode(x, "keys", Dispatcher())
 
 
 def decode(payload, *, method, spec):
     """As the compressor does: `cast` narrows what the method restores."""
-    return cast(method.decode(payload, spec, "keys", Ops()), dtype=spec.dtype)
+    return cast(method.decode(payload, spec, "keys", Dispatcher()), dtype=spec.dtype)
 
 
 def spec_of(x):

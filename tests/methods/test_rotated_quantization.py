@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from conftest import bfloat16
 from kvcompress import RotatedQuantization, TensorSpec
 from kvcompress.arrays import on_cpu
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.errors import SettingError
 from kvcompress.ops import RotatedSpec, dequantize_rotated, hadamard, quantize_rotated
 from kvcompress.ops.lloyd_max import levels
@@ -33,12 +33,12 @@ DISTORTION = (0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 6.44e-4, 1.64e-4, 4.1
 
 
 def encode(x, *, method):
-    return method.encode(x, "keys", Ops())
+    return method.encode(x, "keys", Dispatcher())
 
 
 def decode(payload, *, method, spec):
     """In float32: what narrowing adds is tested with the operations."""
-    return method.decode(payload, replace(spec, dtype="float32"), "keys", Ops())
+    return method.decode(payload, replace(spec, dtype="float32"), "keys", Dispatcher())
 
 
 def rotated(x, seed):

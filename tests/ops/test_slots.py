@@ -11,7 +11,7 @@ from kvcompress import (
     RotatedQuantization,
     ops,
 )
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.errors import NonFiniteError
 from kvcompress.ops import Paged, gather_slots, scatter_slots
 
@@ -55,14 +55,16 @@ def test_paged_stands_for_what_is_gathered(xp):
     pool, slots = (xp.asarray(a) for a in pool_and_slots(7))
     x, array = Paged(pool, slots), gather_slots(pool, slots)
     assert (x.shape, x.ndim, x.dtype) == (tuple(array.shape), array.ndim, array.dtype)
-    assert Ops().array(array) is array
-    np.testing.assert_array_equal(xp.numpy(Ops().array(x)), xp.numpy(array))
-    part = xp.numpy(Ops().array(x[:, 2:5, :]))
+    assert Dispatcher().array(array) is array
+    np.testing.assert_array_equal(xp.numpy(Dispatcher().array(x)), xp.numpy(array))
+    part = xp.numpy(Dispatcher().array(x[:, 2:5, :]))
     np.testing.assert_array_equal(part, xp.numpy(array)[:, 2:5, :])
     with pytest.raises(IndexError, match="only tokens"):
         x[:1, :, :]
     spec = ops.AffineSpec(4, 4, "token")
-    for a, b in zip(Ops()(ops.quantize, x, spec=spec), ops.quantize(array, spec=spec), strict=True):
+    for a, b in zip(
+        Dispatcher()(ops.quantize, x, spec=spec), ops.quantize(array, spec=spec), strict=True
+    ):
         np.testing.assert_array_equal(xp.numpy(a), xp.numpy(b))
 
 
@@ -114,7 +116,7 @@ def test_a_paged_cache_is_compressed_in_place(monkeypatch, method, calls, exact)
         cache.append(str(count), 0, *(np.zeros((2, 3, n), "float32") for n in (8, 16)))
     compressor = KVCacheCompressor(method, **exact, backend="generic")
     expected = compressor.compress_kv_3d(*cache.get_kv(0, 0))
-    monkeypatch.setattr("kvcompress.compressor.compressor.select", lambda _: Ops((backend,)))
+    monkeypatch.setattr("kvcompress.compressor.compressor.select", lambda _: Dispatcher((backend,)))
     got = compressor.compress_paged_cache(cache, 0)
     assert backend.calls == calls
     for a, b in ((got.keys, expected.keys), (got.values, expected.values)):
@@ -132,7 +134,9 @@ def test_what_is_not_finite_in_a_pool(monkeypatch):
     x = np.ones((2, 20, 8), "float32")
     x[1, 17, 3] = np.nan
     cache.append(0, 0, np.ones_like(x), x)
-    monkeypatch.setattr("kvcompress.compressor.compressor.select", lambda _: Ops((InPlace(),)))
+    monkeypatch.setattr(
+        "kvcompress.compressor.compressor.select", lambda _: Dispatcher((InPlace(),))
+    )
     with pytest.raises(NonFiniteError, match=r"values hold nan at index \[1, 17, 3\]"):
         KVCacheCompressor(RotatedQuantization(4)).compress_paged_cache(cache, 0)
     saturating = KVCacheCompressor(RotatedQuantization(4), nonfinite="saturate")

@@ -10,7 +10,7 @@ import pytest
 
 from kvcompress import GroupQuantization, KVCacheCompressor, PagedKVCache, RotatedQuantization, ops
 from kvcompress.arrays import FLOATING, dtype_of, namespace_of
-from kvcompress.backend import Ops
+from kvcompress.backend import Dispatcher
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.rotated import RotatedSpec
 
@@ -119,8 +119,8 @@ def test_within(backend, dtype):
 
 @pytest.mark.parametrize("method", [GroupQuantization(4), RotatedQuantization(4)])
 def test_a_paged_cache_is_never_copied_together(backend, monkeypatch, method):
-    monkeypatch.setattr("kvcompress.compressor.compressor.select", lambda _: Ops((backend,)))
-    monkeypatch.setattr("kvcompress.caches.paged.select", lambda: Ops((backend,)))
+    monkeypatch.setattr("kvcompress.compressor.compressor.select", lambda _: Dispatcher((backend,)))
+    monkeypatch.setattr("kvcompress.caches.paged.select", lambda: Dispatcher((backend,)))
     cache = PagedKVCache(1, 40, 2, 64)
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
