@@ -55,6 +55,10 @@ class BackendWarning(UserWarning):
     """A backend failed to load in automatic mode; the generic operations are used instead."""
 
 
+class MethodWarning(UserWarning):
+    """A method of an entry point failed to load; it is left out."""
+
+
 class UnknownSequence(KVCompressError, KeyError):
     """A cache was asked for a sequence it does not hold (never allocated, or freed)."""
 

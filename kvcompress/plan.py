@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from os import PathLike
 from typing import Any
 
-from kvcompress.arrays import HostArray
+from kvcompress.arrays import Array, HostArray
+from kvcompress.backend import select
 from kvcompress.calibration.calibration import Calibration
 from kvcompress.calibration.parameters import LayerParameters
+from kvcompress.calibration.statistics import LayerStatistics
 from kvcompress.calibration.training import Scope, key_bases, rates, value_bases, water_level
+from kvcompress.compressed import CompressedCache
+from kvcompress.compressor.cache import CacheCodec
 from kvcompress.compressor.compressor import KVCacheCompressor
 from kvcompress.errors import (
     CalibrationError,
@@ -22,7 +26,7 @@ from kvcompress.errors import (
     check_fraction,
 )
 from kvcompress.files import flatten, load_arrays, save_arrays, unflatten
-from kvcompress.methods.transform_coding import EXACT, TransformCoding
+from kvcompress.methods.transform_coding import EXACT, LEAST, MOST, TransformCoding
 
 FORMAT = "kvcompress.plan.2"
 
@@ -58,6 +62,49 @@ class Plan(Mapping[int, KVCacheCompressor]):
         bits = [c.method.bits for c in self.values() if isinstance(c.method, TransformCoding)]
         low, high = min(bits, default=0), max(bits, default=0)
         return f"Plan({len(self)} layers, {low:.3g} to {high:.3g} bits)"
+
+    def compress_cache(
+        self,
+        keys: Sequence[Array],
+        values: Sequence[Array],
+        /,
+        *,
+        positions: Array | None = None,
+    ) -> CompressedCache:
+        """Compress the keys and values of all layers, each by its compressor.
+
+        As `KVCacheCompressor.compress_cache`; the layers of the plan, in order, are those that have
+        a cache.
+
+        Raises
+        ------
+        SettingError
+            If they are not as many as the layers of the plan; and the errors of `compress_cache`.
+        """
+        if len(keys) != len(self):
+            raise SettingError(f"the plan has {len(self)} layers, got keys of {len(keys)}")
+        return self._cache_codec.compress(keys, values, positions)
+
+    def decompress_cache(
+        self,
+        compressed: CompressedCache,
+        /,
+        *,
+        layers: Sequence[int] | None = None,
+        tokens: slice | None = None,
+    ) -> tuple[list[Array], list[Array]]:
+        """Restore a cache, or a part of it; see `KVCacheCompressor.decompress_cache`.
+
+        Raises
+        ------
+        LayoutError, UnknownLayer, CalibrationError
+        """
+        return self._cache_codec.decompress(compressed, layers, tokens)
+
+    @property
+    def _cache_codec(self) -> CacheCodec:
+        compressors = list(self.values())
+        return CacheCodec(lambda i: compressors[i].layer_codec(select(compressors[i].backend)))
 
     def save(self, path: str | PathLike[str], /) -> None:
         """Write a safetensors file: bases, codebooks and settings, but no statistics."""
@@ -119,7 +166,7 @@ def plan(
     scope: Scope = "layer",
     **options: Any,
 ) -> Plan:
-    """Spread bits over layers, keys and values by the distortion expected of their errors, and train.
+    """Spread bits over layers, keys and values by the distortion to be expected, and train.
 
     One water level for all coefficients of all layers: those of keys count by the mean square error
     of the logits, those of values by that of the values over their norms.
@@ -154,25 +201,34 @@ def plan(
         bits = 8 * budget_bytes / (tokens * values)
     elif bits is None or budget_bytes is not None or tokens is not None:
         raise SettingError("plan needs either bits, or budget_bytes and tokens")
+    shares = _spread(statistics, bits, exact, scope)
+    methods = [TransformCoding(shares[i], s, exact, scope) for i, s in statistics.items()]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        trained = list(pool.map(lambda method: method.parameters, methods))
+    return Plan(
+        {
+            layer: KVCacheCompressor(replace(method, calibration=parameters), **options)
+            for layer, method, parameters in zip(statistics, methods, trained, strict=True)
+        }
+    )
+
+
+def _spread(
+    statistics: Mapping[int, LayerStatistics], bits: float, exact: float, scope: Scope
+) -> dict[int, float]:
+    """Bits per value for every layer, `bits` on average with norms and exact tokens."""
     distortions = {
-        i: (key_bases(s, scope).distortion, value_bases(s, scope).distortion)
-        for i, s in statistics.items()
+        layer: (key_bases(s, scope).distortion, value_bases(s, scope).distortion)
+        for layer, s in statistics.items()
     }
-    norms = {i: 8 * len(s.value_mean) for i, s in statistics.items()}
+    norms = {layer: 8 * len(s.value_mean) for layer, s in statistics.items()}
+    values = sum(keys.size + vals.size for keys, vals in distortions.values())
     apart = sum(norms.values()) + sum(
         exact * (16 * keys.size + 32 * len(keys)) for keys, _ in distortions.values()
     )
     level = water_level([x for pair in distortions.values() for x in pair], bits - apart / values)
-    methods = {}
+    shares = {}
     for layer, (keys, vals) in distortions.items():
-        spent = rates(keys, level).sum() + rates(vals, level).sum()
-        share = min(max(float((spent + norms[layer]) / (keys.size + vals.size)), 0.25), 8.0)
-        methods[layer] = TransformCoding(share, statistics[layer], exact, scope)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        codes = list(pool.map(lambda method: method.parameters, methods.values()))
-    return Plan(
-        {
-            layer: KVCacheCompressor(replace(method, calibration=parameters), **options)
-            for (layer, method), parameters in zip(methods.items(), codes, strict=True)
-        }
-    )
+        spent = rates(keys, level).sum() + rates(vals, level).sum() + norms[layer]
+        shares[layer] = min(max(float(spent / (keys.size + vals.size)), LEAST), MOST)
+    return shares

@@ -55,7 +55,7 @@ RUNS = {
     ),
     "cross_layer": (
         ["prose", "code"],
-        ["--span", "model", "--tokens", "150000", "--length", "2048"],
+        ["--method", "CrossLayerTransform", "--tokens", "150000", "--length", "2048"],
         ["--methods", "CrossLayerTransform", "--bits", "0.05,0.1,0.15,0.2,0.3,0.4,0.6,0.8"],
     ),
     "short": (
@@ -115,8 +115,7 @@ def run(name: str, work: Path) -> dict:
         subprocess.run(
             [*command, "calibrate", model, *texts, "-o", calibration, *calibrate], check=True
         )
-        kind = "--spans" if "--span" in calibrate else "--calibration"
-        evaluate = [f"{kind}={calibration}", *evaluate]
+        evaluate = [f"--calibration={calibration}", *evaluate]
     if name == "calibrated":
         evaluate = [f"--plot={DOCS / '_static' / 'quality.png'}", *evaluate]
     texts = [f"--text={text}" for text in TEXTS.values()]

@@ -26,8 +26,8 @@ from kvcompress.arrays import (
 )
 from kvcompress.backend import Dispatcher, select
 from kvcompress.cli.console import InputError, progress, results_table, stdout
-from kvcompress.cli.ladder import ladder, settings
 from kvcompress.cli.libraries import LIBRARIES, Library, installed, median_time
+from kvcompress.cli.presets import presets, settings
 from kvcompress.compressor.compressor import KVCacheCompressor
 from kvcompress.ops import AffineSpec, RotatedSpec
 
@@ -216,8 +216,8 @@ def _cases(shape: Shape, dtype: str, name: str, library: Library) -> Iterator[Ca
                 run = library.compile(partial(chosen, op, **static))
                 yield Case(op.__name__, setting, name, who, run, arguments, (source,))
     fast = select().backend_for("quantize", x, spec=AffineSpec(BITS, GROUP, "token"))
-    for method_name, rungs in ladder([shape[-1]]).items():
-        method = rungs[len(rungs) // 2]
+    for method_name, known in presets([shape[-1]]).items():
+        method = known[len(known) // 2]
         for chosen in (Dispatcher(), *([select()] if fast else [])):
             who = "generic" if fast is None or not chosen.backends else fast.name
             compressor = KVCacheCompressor(method, backend=None if chosen.backends else "generic")

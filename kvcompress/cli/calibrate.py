@@ -18,7 +18,10 @@ from kvcompress.calibration.calibration import Calibration
 from kvcompress.cli.console import InputError, progress
 from kvcompress.cli.model import load_model, read_text
 from kvcompress.cli.options import text_option
+from kvcompress.cross_layer import LayerGroup
 from kvcompress.cross_layer.calibration import CrossLayerCalibration, layer_groups
+from kvcompress.evaluation.rates import CALIBRATIONS
+from kvcompress.methods import TransformCoding
 
 if TYPE_CHECKING:
     from kvcompress.integrations.transformers import LanguageModel
@@ -48,11 +51,11 @@ SAVE_EVERY = 60.0
     help="Tokens a layer whose keys and values are kept to train codebooks on.",
 )
 @click.option(
-    "--span",
-    type=click.Choice(["head", "model"]),
-    default="head",
+    "--method",
+    type=click.Choice(list(CALIBRATIONS)),
+    default=TransformCoding.identifier,
     show_default=True,
-    help="What is taken together: channels of a head, or all layers that hold the same tokens.",
+    help="The method that is to be calibrated.",
 )
 def calibrate(
     model: str,
@@ -61,13 +64,13 @@ def calibrate(
     tokens: int,
     length: int,
     rows: int,
-    span: str,
+    method: str,
 ) -> None:
-    """Gather what `TransformCoding` must know of a MODEL, from texts like those to come.
+    """Gather what a method must know of a MODEL, from texts like those to come.
 
-    With --span model, what `CrossLayerTransform` must know: a covariance of everything that the cache
-    holds of a token, of four bytes times the square of these numbers, and the gradients of the
-    model's predictions by it.
+    For CrossLayerTransform, that is a covariance of everything that the cache holds of a token, of
+    four bytes times the square of these numbers, and the gradients of the model's predictions by
+    it.
 
     MODEL is a directory, a name on the Hugging Face hub, or a .gguf file. Needs the extra hf.
     The result is saved every minute; the same command goes on where it was interrupted, and one
@@ -84,18 +87,15 @@ def calibrate(
         "texts": [hashlib.sha256(content.encode()).hexdigest() for content in contents],
         "length": length,
     }
-    calibration: Any
-    if span == "head":
-        calibration = _started(output, {**source, "rows": rows}, Calibration)
-    else:
-        calibration = _started(output, source, CrossLayerCalibration)
+    kind = CALIBRATIONS[method]
+    calibration: Any = _started(output, {**source, "rows": rows}, kind)
     lm = None
     if calibration is None:
-        if span == "head":
+        if kind is Calibration:
             calibration = Calibration(rows=rows)
         else:
             lm = load_model(model)
-            calibration = _spans(lm)
+            calibration = CrossLayerCalibration(_layer_groups(lm))
         calibration.provenance = {**source, "sequences": 0}
     count = math.ceil(tokens / length)
     done = calibration.provenance["sequences"]
@@ -126,7 +126,11 @@ def _started(
     if not output.exists():
         return None
     calibration = kind.load(output)
-    known = {**calibration.provenance, "rows": getattr(calibration, "rows", None)}
+    known = dict(calibration.provenance)
+    if isinstance(calibration, Calibration):
+        known["rows"] = calibration.rows
+    else:
+        source = {name: value for name, value in source.items() if name != "rows"}
     for name, value in source.items():
         if known.get(name) != value:
             raise InputError(
@@ -136,10 +140,10 @@ def _started(
     return calibration
 
 
-def _spans(lm: LanguageModel) -> CrossLayerCalibration:
+def _layer_groups(lm: LanguageModel) -> tuple[LayerGroup, ...]:
     from kvcompress.integrations.transformers import layer_shapes
 
-    return CrossLayerCalibration(layer_groups(layer_shapes(lm)))
+    return layer_groups(layer_shapes(lm))
 
 
 def _mixed(texts: Sequence[HostArray]) -> Iterator[HostArray]:
@@ -184,10 +188,7 @@ def _run(
 
 
 def _save(calibration: Calibration | CrossLayerCalibration, output: Path) -> None:
-    """Write the file, wholly or not at all."""
-    part = output.with_name(f"{output.name}.part")
     try:
-        calibration.save(part)
-        part.replace(output)
+        calibration.save(output)
     except OSError as error:
         raise InputError(f"{output}: {error.strerror or error}") from error

@@ -16,10 +16,10 @@ from kvcompress.cli.comparison import Result, measured
 from kvcompress.cli.console import print_json, progress, results_table, stdout
 from kvcompress.cli.figure import check_plot
 from kvcompress.cli.files import Layer, load, sample
-from kvcompress.cli.ladder import NAMES, ladder, settings
 from kvcompress.cli.libraries import LIBRARIES, library_option
 from kvcompress.cli.options import chosen, json_option, methods_option, plot_option
 from kvcompress.cli.plot import plot_results
+from kvcompress.cli.presets import presets, settings
 from kvcompress.compressor.compressor import KVCacheCompressor
 
 HEADINGS = (
@@ -41,7 +41,7 @@ MB/s: megabytes of the original keys and values per second."""
 
 @click.command()
 @click.argument("file", required=False, type=click.Path(path_type=Path))
-@methods_option(NAMES)
+@methods_option(presets([64]))
 @library_option
 @click.option("--sinks", type=click.IntRange(0), default=0, help="First tokens kept exact.")
 @click.option("--window", type=click.IntRange(0), default=0, help="Last tokens kept exact.")
@@ -75,16 +75,15 @@ def compare(
       kvcompress compare cache.npz --methods Hybrid --sinks 4 --window 128
       kvcompress compare --library jax --json > compare.json
     """  # noqa: D301 (click keeps the lines after \b)
-    names = chosen(methods, NAMES)
     if plot:
         check_plot(plot)
     layers = load(file) if file else sample()
     run = LIBRARIES[library]()
-    rungs = ladder(x.shape[-1] for layer in layers for x in (layer.k, layer.v))
+    found = presets(x.shape[-1] for layer in layers for x in (layer.k, layer.v))
     compressors = [
         (method, KVCacheCompressor(method, sinks=sinks, window=window))
-        for name in names
-        for method in rungs[name]
+        for name in chosen(methods, found)
+        for method in found[name]
     ]
     results = list(progress(measured(compressors, layers, run), len(compressors), "comparing"))
     source = file.name if file else "sample"
@@ -115,7 +114,7 @@ def _shapes(layers: Sequence[Layer]) -> str:
 
 
 def _table(results: Sequence[Result], title: str) -> Table:
-    by_method = groupby(results, lambda result: type(result.method).__name__)
+    by_method = groupby(results, lambda result: result.method.identifier)
     return results_table(
         ((name, [_row(result) for result in group]) for name, group in by_method),
         headings=HEADINGS,

@@ -7,15 +7,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvcompress.cli.figure import save_figure
-from kvcompress.evaluation.rates import NAMES
+from kvcompress.cli.figure import save_figure, style
+from kvcompress.evaluation.rates import names
 
 if TYPE_CHECKING:
     from kvcompress.evaluation.scoring import Report
-
-_LOOKS = ("#CC79A7", "D"), ("#E69F00", "v"), ("#0072B2", "o"), ("#009E73", "s")
-STYLES = dict(zip(NAMES, _LOOKS, strict=True))
-"""Colour, of the Okabe-Ito palette, and marker."""
 
 
 def plot_curves(reports: Sequence[Report], path: Path, title: str) -> None:
@@ -37,8 +33,8 @@ def plot_curves(reports: Sequence[Report], path: Path, title: str) -> None:
     for report, axes in zip(reports, panels, strict=True):
         for method, group in groupby(report.results, lambda row: row.method):
             points = sorted((row.coded_bits_per_value, row.kl_mean) for row in group)
-            color, marker = STYLES[method]
-            axes.plot(*zip(*points, strict=True), color=color, marker=marker, label=method)
+            look = style(names().index(method))
+            axes.plot(*zip(*points, strict=True), **look, label=method)
         axes.set_yscale("log")
         axes.set_title(report.text, fontsize=10)
         axes.set_xlabel("coded bits per value")

@@ -20,7 +20,7 @@ import kvcompress
 from kvcompress import backend
 from kvcompress.arrays import FLOATING, dtype_of, namespace_of
 from kvcompress.cli.console import stdout
-from kvcompress.cli.ladder import NAMES, ladder, settings
+from kvcompress.cli.presets import presets, settings
 from kvcompress.compressor.compressor import KVCacheCompressor
 from kvcompress.errors import BackendError
 
@@ -109,8 +109,7 @@ def _in_use() -> str:
 def _warm() -> Table:
     """Time the first and the second call of every method on NumPy arrays of a few tokens."""
     table = Table("first and second call", "dtype", "first", "second", box=SIMPLE_HEAD)
-    for name, dtype in itertools.product(NAMES, FLOATING):
-        method = ladder([64])[name][0]
+    for (name, (method, *_)), dtype in itertools.product(presets([64]).items(), FLOATING):
         compressor = KVCacheCompressor(method)
         k = np.ones((1, 2, 64, 64), dtype_of(namespace_of(np), dtype))
         seconds = []

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import numpy as np
@@ -14,16 +15,23 @@ from rich.table import Table
 
 import kvcompress
 from kvcompress.arrays import HostArray
-from kvcompress.calibration.calibration import Calibration
 from kvcompress.cli.console import InputError, print_json, progress, results_table, stdout
 from kvcompress.cli.curve import plot_curves
 from kvcompress.cli.figure import check_plot
 from kvcompress.cli.model import load_model, read_text
 from kvcompress.cli.options import chosen, json_option, methods_option, plot_option, text_option
-from kvcompress.cross_layer.calibration import CrossLayerCalibration
-from kvcompress.cross_layer.transform import CrossLayerTransform
-from kvcompress.evaluation.rates import NAMES, SPAN, TRANSFORM, compressors, supports
+from kvcompress.evaluation.rates import (
+    AnyCalibration,
+    compressor,
+    load_calibration,
+    names,
+    supports,
+)
 from kvcompress.evaluation.scoring import Report, Result, Row, Tally, result, score
+from kvcompress.methods import CacheMethod, known_cache_methods
+
+if TYPE_CHECKING:
+    from kvcompress.integrations.transformers import LanguageModel
 
 HEADINGS = (
     "method",
@@ -46,9 +54,9 @@ queries of the scored tokens, mean over the layers. Over bound: coded bits
 above what normal sources of the same covariances need for the same error
 of logits and values."""
 
-CODES = """\
-CrossLayerTransform, {bits:g} bits: its codes, {size:.1f} MB, belong to the model: {share:.1f} % of
-its {model:.0f} MB in 16 bits. {tokens:,.0f} tokens save as much."""
+PARAMETERS = """\
+{name}, {bits:g} bits: its parameters, {size:.1f} MB, belong to the model: {share:.1f} % of its
+{model:.0f} MB in 16 bits. {tokens:,.0f} tokens save as much."""
 
 
 @click.command()
@@ -56,17 +64,13 @@ its {model:.0f} MB in 16 bits. {tokens:,.0f} tokens save as much."""
 @text_option("Text to predict (repeatable: each by itself).")
 @click.option(
     "--calibration",
+    "calibrations",
     type=click.Path(path_type=Path),
+    multiple=True,
     metavar="CAL",
-    help=f"What kvcompress calibrate wrote, for {TRANSFORM}; without, it uses own moments.",
+    help="What kvcompress calibrate wrote (repeatable: one of each kind).",
 )
-@click.option(
-    "--spans",
-    type=click.Path(path_type=Path),
-    metavar="CAL",
-    help=f"What kvcompress calibrate --span model wrote, for {SPAN}.",
-)
-@methods_option(NAMES)
+@methods_option(names())
 @click.option("--bits", default="1,1.5,2,3,4", show_default=True, help="Rates, where a method can.")
 @click.option(
     "--prefix", type=click.IntRange(1), default=1536, show_default=True, help="Tokens compressed."
@@ -96,17 +100,12 @@ its {model:.0f} MB in 16 bits. {tokens:,.0f} tokens save as much."""
 def evaluate(
     model: str,
     texts: tuple[Path, ...],
-    calibration: Path | None,
-    spans: Path | None,
+    calibrations: tuple[Path, ...],
     methods: str | None,
     bits: str,
-    prefix: int,
-    scored: int,
-    sequences: int,
-    sinks: int,
-    window: int,
     as_json: bool,
     plot: Path | None,
+    **lengths: int,
 ) -> None:
     """Measure what compressing its cache does to a MODEL.
 
@@ -124,54 +123,25 @@ def evaluate(
     if plot:
         check_plot(plot)
     contents = [read_text(text) for text in texts]
-    known = Calibration.load(_existing(calibration)) if calibration else None
-    joint = CrossLayerCalibration.load(_existing(spans)) if spans else None
-    names, rates = chosen(methods, NAMES), _rates(bits)
-    if joint is None:
-        if methods is not None and SPAN in names:
-            raise InputError(
-                f"{SPAN} needs --spans, which kvcompress calibrate --span model writes"
-            )
-        names = [name for name in names if name != SPAN]
-    settings = [(name, rate) for name in names for rate in rates if supports(name, rate)]
-    if not settings:
-        raise InputError(f"none of {', '.join(names)} can do any of --bits {bits}")
+    known = dict(load_calibration(_existing(path)) for path in calibrations)
+    settings = _settings(methods, bits, known)
+    run = _Run(**lengths)
     lm = load_model(model)
     places = [
-        _places(lm.chunks(content, prefix + scored + 1), sequences, text)
+        _places(lm.chunks(content, run.prefix + run.scored + 1), run.sequences, text)
         for content, text in zip(contents, texts, strict=True)
     ]
-    rows = [
-        Row(name, rate, compressors(name, rate, known, joint, sinks=sinks, window=window))
-        for name, rate in progress(settings, len(settings), "training")
-    ]
-    reports, total = [], len(texts) * sequences * len(rows)
-    tallies = [[Tally() for _ in rows] for _ in texts]
-    steps = (
-        step
-        for chunks, tally in zip(places, tallies, strict=True)
-        for step in score(lm, chunks, prefix, rows, tally)
-    )
-    for _ in progress(steps, total, "evaluating"):
-        pass
-    for text, tally in zip(texts, tallies, strict=True):
-        results = [result(*pair) for pair in zip(rows, tally, strict=True)]
-        original = math.exp(float(np.mean([s.original_nll for s in tally[0].scores])))
-        reports.append(Report(text.name, original, results))
-    title = f"{Path(model).name}: {sequences} x {scored} tokens after {prefix}"
+    rows = [run.row(*pair, known) for pair in progress(settings, len(settings), "training")]
+    reports = run.reports(lm, rows, dict(zip([text.name for text in texts], places, strict=True)))
+    title = f"{Path(model).name}: {run.sequences} x {run.scored} tokens after {run.prefix}"
     if plot:
         plot_curves(reports, plot, title)
     if as_json:
         facts = {
             "kvcompress": kvcompress.__version__,
             "model": Path(model).name,
-            "calibration": known.fingerprint if known else None,
-            "spans": joint.fingerprint if joint else None,
-            "prefix": prefix,
-            "scored": scored,
-            "sequences": sequences,
-            "sinks": sinks,
-            "window": window,
+            "calibrations": {name: found.fingerprint for name, found in known.items()},
+            **asdict(run),
             "dtype": lm.cache_dtype,
             "texts": [asdict(report) for report in reports],
         }
@@ -179,14 +149,67 @@ def evaluate(
         return
     for report in reports:
         perplexity = f"{report.text}, perplexity {report.perplexity:.2f}"
-        caption = "\n".join([CAPTION, *_codes(rows, report.results, lm.nbytes)])
+        caption = "\n".join([CAPTION, *_parameters(rows, report.results, lm.nbytes)])
         stdout().print(_table(report.results, f"{title}\n{perplexity}", caption))
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Numbers of tokens and places; see the options of the command."""
+
+    prefix: int
+    scored: int
+    sequences: int
+    sinks: int
+    window: int
+
+    def row(self, name: str, bits: float, calibrations: Mapping[str, AnyCalibration]) -> Row:
+        """Train a method for a rate."""
+        exact = {"sinks": self.sinks, "window": self.window}
+        return Row(name, bits, compressor(name, bits, calibrations, **exact), **exact)
+
+    def reports(
+        self, lm: LanguageModel, rows: Sequence[Row], places: Mapping[str, HostArray]
+    ) -> list[Report]:
+        """Do every row on sequences of every text, ``places [sequences, tokens]``."""
+        tallies = {text: [Tally() for _ in rows] for text in places}
+        steps = (
+            step
+            for text, chunks in places.items()
+            for step in score(lm, chunks, self.prefix, rows, tallies[text])
+        )
+        for _ in progress(steps, len(places) * self.sequences * len(rows), "evaluating"):
+            pass
+        reports = []
+        for text, tally in tallies.items():
+            results = [result(*pair) for pair in zip(rows, tally, strict=True)]
+            original = math.exp(float(np.mean([s.original_nll for s in tally[0].scores])))
+            reports.append(Report(text, original, results))
+        return reports
 
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     return path
+
+
+def _settings(
+    methods: str | None, bits: str, calibrations: Mapping[str, AnyCalibration]
+) -> list[tuple[str, float]]:
+    """Methods and rates to run; those that need a calibration that is not given are left out."""
+    asked = chosen(methods, names())
+    lacking = [name for name in asked if name in known_cache_methods() and name not in calibrations]
+    if lacking and methods is not None:
+        raise InputError(
+            f"{lacking[0]} needs a --calibration that kvcompress calibrate "
+            f"--method {lacking[0]} wrote"
+        )
+    asked = [name for name in asked if name not in lacking]
+    settings = [(name, rate) for name in asked for rate in _rates(bits) if supports(name, rate)]
+    if not settings:
+        raise InputError(f"none of {', '.join(asked)} can do any of --bits {bits}")
+    return settings
 
 
 def _rates(bits: str) -> list[float]:
@@ -205,20 +228,19 @@ def _places(chunks: HostArray, count: int, text: Path) -> HostArray:
     return chunks[(2 * np.arange(count) + 1) * len(chunks) // (2 * count)]
 
 
-def _codes(rows: Sequence[Row], results: Sequence[Result], model: int) -> list[str]:
-    """What the codes of spans weigh against a model of so many bytes."""
+def _parameters(rows: Sequence[Row], results: Sequence[Result], model: int) -> list[str]:
+    """What the parameters of cache methods weigh against a model of so many bytes."""
     lines = []
     for row, found in zip(rows, results, strict=True):
-        method = row.compressor(0).method
-        if isinstance(method, CrossLayerTransform):
-            size = sum(code.nbytes for code in method.groups)
-            values = sum(code.group.num_values for code in method.groups)
-            line = CODES.format(
+        method = getattr(row.compressor, "method", None)
+        if isinstance(method, CacheMethod):
+            line = PARAMETERS.format(
+                name=row.method,
                 bits=row.bits,
-                size=size / 1e6,
-                share=100 * size / model,
+                size=method.nbytes / 1e6,
+                share=100 * method.nbytes / model,
                 model=model / 1e6,
-                tokens=8 * size / (values * (16 - found.coded_bits_per_value)),
+                tokens=8 * method.nbytes / (method.num_values * (16 - found.coded_bits_per_value)),
             )
             lines.append(line)
     return lines

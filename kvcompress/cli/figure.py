@@ -1,14 +1,27 @@
-"""Pictures that ``--plot`` asks for: whether one can be drawn, and its file."""
+"""Pictures that ``--plot`` asks for: whether one can be drawn, its styles, and its file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvcompress.cli.console import InputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+"""Of the Okabe-Ito palette, which the colour-blind can tell apart."""
+
+MARKERS = "osD^vPX*<>ph8d"
+
+
+def style(number: int) -> dict[str, Any]:
+    """Return colour, marker and line of the method with a number: all different for 98 of them."""
+    line = ("-", "--", ":", "-.")[number // len(COLORS) % 4]
+    marker = MARKERS[number % len(MARKERS)]
+    return {"color": COLORS[number % len(COLORS)], "marker": marker, "linestyle": line}
 
 
 def check_plot(path: Path) -> None:

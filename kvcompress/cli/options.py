@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,12 +32,12 @@ def plot_option(text: str) -> Option:
     return click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help=text)
 
 
-def methods_option(names: Sequence[str]) -> Option:
+def methods_option(names: Iterable[str]) -> Option:
     """Some of the methods; see `chosen`."""
     return click.option("--methods", metavar="A,B", help=f"Only these of {', '.join(names)}.")
 
 
-def chosen(methods: str | None, names: Sequence[str]) -> Sequence[str]:
+def chosen(methods: str | None, names: Iterable[str]) -> list[str]:
     """Methods asked for, in any case, among `names`; all of them if none.
 
     Raises
@@ -46,7 +46,7 @@ def chosen(methods: str | None, names: Sequence[str]) -> Sequence[str]:
         If there is no such method.
     """
     if methods is None:
-        return names
+        return list(names)
     known = {name.lower(): name for name in names}
     asked = [name.strip() for name in methods.split(",")]
     for name in asked:

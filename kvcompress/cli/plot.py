@@ -6,20 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvcompress.cli.figure import save_figure
-from kvcompress.cli.ladder import NAMES
+from kvcompress.cli.figure import save_figure, style
+from kvcompress.methods import known_methods
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from kvcompress.cli.comparison import Result
-
-COLORS = dict(
-    zip(NAMES, ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"), strict=True)
-)
-"""Of the Okabe-Ito palette, which the colour-blind can tell apart."""
-
-MARKERS = dict(zip(NAMES, "os^DvP", strict=True))
 
 PANELS = {
     "key_relative_mse": "keys: rel-MSE",
@@ -55,19 +48,17 @@ def plot_results(results: Sequence[Result], path: Path, title: str) -> None:
 
 
 def _panel(axes: Axes, results: Sequence[Result], error: str) -> None:
-    for name in NAMES:
+    for number, name in enumerate(known_methods()):
         points = sorted(
-            (r.bits_per_value, getattr(r, error))
-            for r in results
-            if type(r.method).__name__ == name
+            (r.bits_per_value, getattr(r, error)) for r in results if r.method.identifier == name
         )
         if not points:
             continue
-        color, marker = COLORS[name], MARKERS[name]
+        look = style(number)
         bits, errors = zip(*_front(points), strict=True)
-        axes.plot(bits, errors, color=color, marker=marker, markersize=6, label=name)
+        axes.plot(bits, errors, **look, markersize=6, label=name)
         bits, errors = zip(*points, strict=True)
-        axes.scatter(bits, errors, color=color, marker=marker, s=16, alpha=0.4)
+        axes.scatter(bits, errors, color=look["color"], marker=look["marker"], s=16, alpha=0.4)
     axes.set_yscale("log")
     axes.set_title(PANELS[error], fontsize=10)
     axes.set_xlabel("bits per value, everything counted")

@@ -3,29 +3,45 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
-from kvcompress.arrays import Array, dtype_name, itemsize
+from kvcompress.arrays import (
+    Array,
+    array_namespace,
+    convert,
+    device,
+    itemsize,
+    library_name,
+    namespace_of,
+    pytree,
+    register_pytrees,
+)
 from kvcompress.compressed.kv import CompressedKV
+from kvcompress.compressed.sizes import Sizes, nbytes_of
 from kvcompress.methods.base import Payload
 
 
 @dataclass(frozen=True, eq=False)
-class CompressedLayerGroup:
+class CompressedLayerGroup(Sizes):
     """Layers that were compressed together, in the library and on the device they came from.
 
-    No pytree: how many bytes it has depends on the data, which no compiler of arrays can follow.
+    Not a JAX pytree: how many bytes it has depends on the data, which no compiler of arrays can
+    follow.
 
     Attributes
     ----------
-    payload : dict of str to array, uint8
-        Entropy-coded tokens.
+    payload : dict of str to array
+        What the method needs to decode all tokens but the exact ones.
     exact : tuple of pairs of arrays ``[batch, num_heads, exact tokens, head_dim]``
         Keys and values of every layer kept as they were: sinks first, then the window.
     positions : array ``[tokens]`` or int
         Of all tokens, exact ones included; of the first, where they follow one another.
+    method : str
+        Identifier of the `CacheMethod`.
     fingerprint : str
-        Of the `CrossLayerParameters` that decodes it.
+        Of the parameters that it was coded with.
     shapes : tuple of pairs of shapes
         Of the original keys and values of every layer.
     dtype : str
@@ -37,41 +53,68 @@ class CompressedLayerGroup:
     payload: Payload
     exact: tuple[tuple[Array, Array], ...]
     positions: Array | int
+    method: str
     fingerprint: str
     shapes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     dtype: str
     sinks: int
 
     @property
-    def coded_nbytes(self) -> int:
-        """Bytes of the payload, and of positions that are not just a range."""
-        arrays = list(self.payload.values())
-        if not isinstance(self.positions, int):
-            arrays.append(self.positions)
-        return sum(_nbytes(x) for x in arrays)
+    def device(self) -> Any:
+        """Device of the arrays."""
+        return device(self.some_array)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every array held."""
-        return self.coded_nbytes + sum(_nbytes(x) for pair in self.exact for x in pair)
+        return self.coded_nbytes + nbytes_of(x for pair in self.exact for x in pair)
+
+    @property
+    def coded_nbytes(self) -> int:
+        places = () if isinstance(self.positions, int) else (self.positions,)
+        return nbytes_of((*self.payload.values(), *places))
+
+    @property
+    def original_nbytes(self) -> int:
+        return self.num_values * itemsize(self.dtype)
 
     @property
     def num_values(self) -> int:
-        """Keys and values of the originals."""
         return sum(math.prod(shape) for pair in self.shapes for shape in pair)
 
     @property
     def num_coded(self) -> int:
-        """Those that the payload stands for."""
         exact: int = sum(math.prod(x.shape) for pair in self.exact for x in pair)
         return self.num_values - exact
 
+    @property
+    def some_array(self) -> Array:
+        """One of the arrays, which tells the library and the device of all."""
+        return self.exact[0][0]
 
+    def to(self, library: Any, /, *, device: Any = None) -> CompressedLayerGroup:
+        """Move to another array library, device, or both; see `CompressedKV.to`."""
+        xp = namespace_of(library)
+
+        def move(x: Array) -> Array:
+            return convert(x, xp, device)
+
+        places = self.positions
+        return replace(
+            self,
+            payload={name: move(x) for name, x in self.payload.items()},
+            exact=tuple((move(k), move(v)) for k, v in self.exact),
+            positions=places if isinstance(places, int) else move(places),
+        )
+
+
+@pytree(data=("parts",), meta=("layers",))
 @dataclass(frozen=True, eq=False)
-class CompressedCache:
+class CompressedCache(Sizes):
     """Compressed keys and values of all layers of a cache.
 
-    Any `KVCacheCompressor` can decompress it that has the codes it was compressed with, if any.
+    A JAX pytree whose parts are; layers that were compressed together are leaves of it, which
+    ``jax.jit`` does not accept. The parameters of a `CacheMethod` belong to the model and are not
+    part of what is compressed: any `KVCacheCompressor` that has them can decompress it.
 
     Attributes
     ----------
@@ -90,79 +133,74 @@ class CompressedCache:
         return sum(map(len, self.layers))
 
     @property
+    def device(self) -> Any:
+        """Device of the arrays; None of a cache without layers, or while JAX traces them."""
+        return self.parts[0].device if self.parts else None
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of every array needed to decode, but for the codes of spans."""
-        return sum(part.nbytes for part in self.parts)
-
-    @property
-    def original_nbytes(self) -> int:
-        """Bytes of the original keys and values."""
-        return sum(
-            part.original_nbytes
-            if isinstance(part, CompressedKV)
-            else part.num_values * itemsize(part.dtype)
-            for part in self.parts
-        )
-
-    @property
-    def num_values(self) -> int:
-        """Keys and values of the originals."""
-        return sum(
-            part.keys.num_values + part.values.num_values
-            if isinstance(part, CompressedKV)
-            else part.num_values
-            for part in self.parts
-        )
-
-    @property
-    def num_coded(self) -> int:
-        """Those that are not kept exact."""
-        return sum(
-            part.keys.num_coded + part.values.num_coded
-            if isinstance(part, CompressedKV)
-            else part.num_coded
-            for part in self.parts
-        )
+        return self._total(lambda part: part.nbytes)
 
     @property
     def coded_nbytes(self) -> int:
-        """Bytes without the exact tokens."""
-        return sum(
-            part.keys.coded_nbytes + part.values.coded_nbytes
-            if isinstance(part, CompressedKV)
-            else part.coded_nbytes
-            for part in self.parts
-        )
+        return self._total(lambda part: part.coded_nbytes)
 
     @property
-    def bits_per_value(self) -> float:
-        """All-in bits: ``8 * nbytes`` over the number of original values; NaN if there are none."""
-        return 8 * self.nbytes / self.num_values if self.num_values else math.nan
+    def original_nbytes(self) -> int:
+        return self._total(lambda part: part.original_nbytes)
 
     @property
-    def coded_bits_per_value(self) -> float:
-        """Bits per value without the exact tokens, as papers count; NaN if there is no other."""
-        return 8 * self.coded_nbytes / self.num_coded if self.num_coded else math.nan
+    def num_values(self) -> int:
+        return self._total(lambda part: part.num_values)
 
     @property
-    def ratio(self) -> float:
-        """How many times smaller than the original: ``original_nbytes / nbytes``."""
-        return self.original_nbytes / self.nbytes if self.nbytes else math.nan
+    def num_coded(self) -> int:
+        return self._total(lambda part: part.num_coded)
+
+    def to(self, library: Any, /, *, device: Any = None) -> CompressedCache:
+        """Move to another array library, device, or both.
+
+        Parameters
+        ----------
+        library : module
+            Such as ``numpy``, ``jax.numpy``, ``torch`` or ``cupy``.
+        device : optional
+            A device of that library; None leaves the arrays where the transfer puts them.
+
+        Returns
+        -------
+        CompressedCache
+            May share memory with this one (DLPack).
+
+        Raises
+        ------
+        NamespaceError
+            If `library` is no array library.
+        DTypeError
+            If the library lacks a dtype that is needed.
+        """
+        parts = tuple(part.to(library, device=device) for part in self.parts)
+        return replace(self, parts=parts)
 
     def __repr__(self) -> str:
         kinds = ", ".join(
-            f"{len(layers)} layers together"
-            if isinstance(part, CompressedLayerGroup)
-            else "1 layer"
-            for part, layers in zip(self.parts[:3], self.layers, strict=False)
+            "1 layer" if len(layers) == 1 else f"{len(layers)} layers together"
+            for layers in self.layers[:3]
         )
         more = f", {len(self.parts) - 3} more" if len(self.parts) > 3 else ""
+        library = ""
+        if self.parts:
+            name = library_name(array_namespace(self.parts[0].some_array))
+            library = f", {name} on {self.device}"
         return (
-            f"CompressedCache({kinds}{more}, {self.nbytes:,} bytes, "
+            f"CompressedCache({kinds}{more}{library}, {self.nbytes:,} bytes, "
             f"{self.bits_per_value:.3g} bits/value, {self.ratio:.3g}x)"
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Unpickled arrays may be JAX's before this process ever compressed one.
+        self.__dict__.update(state)
+        register_pytrees()
 
-def _nbytes(x: Array) -> int:
-    size: int = math.prod(x.shape)
-    return size * itemsize(dtype_name(x.dtype))
+    def _total(self, count: Callable[[CompressedKV | CompressedLayerGroup], int]) -> int:
+        return sum(map(count, self.parts))

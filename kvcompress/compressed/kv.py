@@ -9,16 +9,17 @@ from typing import Any
 
 from kvcompress.arrays import (
     Array,
+    Namespace,
     array_namespace,
     convert,
     device,
-    dtype_name,
     itemsize,
     library_name,
     namespace_of,
     pytree,
     register_pytrees,
 )
+from kvcompress.compressed.sizes import Sizes, nbytes_of
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 
 
@@ -61,15 +62,21 @@ class CompressedTensor:
         """Every array held, by name."""
         return self.payload if self.exact is None else {**self.payload, "exact": self.exact}
 
+    def moved(self, xp: Namespace, device: Any) -> CompressedTensor:
+        """Return the tensor in another namespace, or on another device of it."""
+        payload = {name: convert(a, xp, device) for name, a in self.payload.items()}
+        exact = None if self.exact is None else convert(self.exact, xp, device)
+        return replace(self, payload=payload, exact=exact)
+
     @property
     def coded_nbytes(self) -> int:
         """Bytes of the payload."""
-        return sum(_nbytes(a) for a in self.payload.values())
+        return nbytes_of(self.payload.values())
 
     @property
     def nbytes(self) -> int:
         """Bytes of every array held."""
-        return sum(_nbytes(a) for a in self.arrays.values())
+        return nbytes_of(self.arrays.values())
 
     @property
     def num_values(self) -> int:
@@ -86,7 +93,7 @@ class CompressedTensor:
 
 @pytree(data=("keys", "values"), meta=("layout", "shape", "dtype", "sinks"))
 @dataclass(frozen=True, eq=False)
-class CompressedKV:
+class CompressedKV(Sizes):
     """Compressed keys and values, in the library and on the device they came from.
 
     A JAX pytree: arrays are leaves, all else is static. Holds all that decoding needs; any
@@ -114,34 +121,27 @@ class CompressedKV:
     @property
     def device(self) -> Any:
         """Device of the arrays (None while JAX traces them)."""
-        return device(self._some_array)
+        return device(self.some_array)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of every array needed to decode: codes, scales, bases, codebooks, exact tokens."""
         return self.keys.nbytes + self.values.nbytes
 
     @property
+    def coded_nbytes(self) -> int:
+        return self.keys.coded_nbytes + self.values.coded_nbytes
+
+    @property
     def original_nbytes(self) -> int:
-        """Bytes of the original keys and values."""
-        return self._num_values * itemsize(self.dtype)
+        return self.num_values * itemsize(self.dtype)
 
     @property
-    def bits_per_value(self) -> float:
-        """All-in bits: ``8 * nbytes`` over the number of original values; NaN if there are none."""
-        return 8 * self.nbytes / self._num_values if self._num_values else math.nan
+    def num_values(self) -> int:
+        return self.keys.num_values + self.values.num_values
 
     @property
-    def coded_bits_per_value(self) -> float:
-        """Bits per value without the exact tokens, as papers count; NaN if there is no other."""
-        coded = self.keys.num_coded + self.values.num_coded
-        nbytes = self.keys.coded_nbytes + self.values.coded_nbytes
-        return 8 * nbytes / coded if coded else math.nan
-
-    @property
-    def ratio(self) -> float:
-        """How many times smaller than the original: ``original_nbytes / nbytes``."""
-        return self.original_nbytes / self.nbytes if self.nbytes else math.nan
+    def num_coded(self) -> int:
+        return self.keys.num_coded + self.values.num_coded
 
     def to(self, library: Any, /, *, device: Any = None) -> CompressedKV:
         """Move to another array library, device, or both.
@@ -166,19 +166,13 @@ class CompressedKV:
             If the library lacks a dtype that is needed.
         """
         xp = namespace_of(library)
-
-        def move(tensor: CompressedTensor) -> CompressedTensor:
-            payload = {name: convert(a, xp, device) for name, a in tensor.payload.items()}
-            exact = None if tensor.exact is None else convert(tensor.exact, xp, device)
-            return replace(tensor, payload=payload, exact=exact)
-
-        return replace(self, keys=move(self.keys), values=move(self.values))
+        return replace(self, keys=self.keys.moved(xp, device), values=self.values.moved(xp, device))
 
     def __repr__(self) -> str:
         keys, values = self.keys.method, self.values.method
         methods = f"{keys}" if keys == values else f"{keys}, values {values}"
         shapes = " and ".join(str(list(s)) for s in dict.fromkeys(self.shape))
-        library = library_name(array_namespace(self._some_array))
+        library = library_name(array_namespace(self.some_array))
         return (
             f"CompressedKV({methods}, {shapes} {self.dtype}, {library} on {self.device}, "
             f"{self.nbytes:,} bytes, {self.bits_per_value:.3g} bits/value, {self.ratio:.3g}x)"
@@ -190,14 +184,6 @@ class CompressedKV:
         register_pytrees()
 
     @property
-    def _num_values(self) -> int:
-        return self.keys.num_values + self.values.num_values
-
-    @property
-    def _some_array(self) -> Array:
+    def some_array(self) -> Array:
+        """One of the arrays, which tells the library and the device of all."""
         return next(iter(self.keys.arrays.values()))
-
-
-def _nbytes(x: Array) -> int:
-    size: int = math.prod(x.shape)
-    return size * itemsize(dtype_name(x.dtype))

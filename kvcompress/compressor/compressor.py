@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Protocol
 
-from kvcompress.arrays import FLOATING, Array, array_namespace
-from kvcompress.backend import select
+from kvcompress.arrays import Array
+from kvcompress.backend import Dispatcher, select
 from kvcompress.compressed.cache import CompressedCache
 from kvcompress.compressed.kv import CompressedKV, KVLayout
-from kvcompress.compressor.cache import (
-    check_layers,
-    compress_layer_groups,
-    decompress_layers,
-    positions_of,
-)
-from kvcompress.compressor.tensor import decode, encode, readable, split_spec
-from kvcompress.compressor.validation import check_dtypes, check_finite, check_shapes
-from kvcompress.cross_layer.transform import CrossLayerTransform
-from kvcompress.errors import DTypeError, LayoutError, SettingError, ShapeError, check_integer
-from kvcompress.methods.base import Method, Role
+from kvcompress.compressor.cache import CacheCodec
+from kvcompress.compressor.layer import LayerCodec
+from kvcompress.compressor.size import Shape, cache_size, layer_size
+from kvcompress.compressor.validation import check_pair
+from kvcompress.errors import LayoutError, SettingError, check_integer
+from kvcompress.methods import CacheMethod, Method
 
 QUANT_BITS = (2, 3, 4, 8)
 
@@ -57,9 +52,9 @@ class KVCacheCompressor:
 
     Parameters
     ----------
-    method : Method or CrossLayerTransform
-        How keys are compressed, and values where `value_method` is None. A `CrossLayerTransform` does
-        both, of many layers: see `compress_cache`.
+    method : Method or CacheMethod
+        How keys are compressed, and values where `value_method` is None. A `CacheMethod` such as
+        `CrossLayerTransform` does both, of many layers: see `compress_cache`.
     quant_bits : {2, 3, 4, 8}
         Bits of a code for methods that do not set their own.
     value_method : Method, optional
@@ -80,7 +75,7 @@ class KVCacheCompressor:
         If a setting is out of range.
     """
 
-    method: Method | CrossLayerTransform
+    method: Method | CacheMethod
     quant_bits: int = 8
     _: KW_ONLY
     value_method: Method | None = None
@@ -90,18 +85,19 @@ class KVCacheCompressor:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("method", "value_method"):
-            value = getattr(self, name)
-            if (
-                isinstance(value, CrossLayerTransform)
-                and name == "method"
-                and not self.value_method
-            ):
-                continue
-            if not isinstance(value, Method) and (name, value) != ("value_method", None):
-                raise SettingError(
-                    f"{name} must be a Method such as LowRank(rank=32), got {value!r}"
-                )
+        method: Any = self.method
+        value_method: Any = self.value_method
+        if not isinstance(method, Method | CacheMethod):
+            raise SettingError(f"method must be a Method such as LowRank(rank=32), got {method!r}")
+        if value_method is not None and isinstance(method, CacheMethod):
+            raise SettingError(
+                f"value_method must be None with {method.identifier}, which codes the values too, "
+                f"got {value_method!r}"
+            )
+        if not isinstance(value_method, Method | None):
+            raise SettingError(
+                f"value_method must be a Method such as LowRank(rank=32), got {value_method!r}"
+            )
         if type(self.quant_bits) is not int or self.quant_bits not in QUANT_BITS:
             raise SettingError(f"quant_bits must be 2, 3, 4 or 8, got {self.quant_bits!r}")
         check_integer("sinks", self.sinks, 0)
@@ -157,8 +153,8 @@ class KVCacheCompressor:
     ) -> CompressedCache:
         """Compress the keys and values of all layers of a cache.
 
-        By a `CrossLayerTransform`, layers of a span are compressed together; by other methods, one by
-        one. Layers that no longer hold the first tokens keep no sinks.
+        A `CacheMethod` compresses the layers of a group together, a `Method` one by one. Layers that
+        no longer hold the first tokens keep no sinks.
 
         Parameters
         ----------
@@ -173,25 +169,7 @@ class KVCacheCompressor:
         NamespaceError, ShapeError, DTypeError, NonFiniteError, SettingError
             Before anything is computed.
         """
-        check_layers(keys, values)
-        places = positions_of([k.shape[2] for k in keys], positions)
-        sinks = [self.sinks if not len(p) or p[0] == 0 else 0 for p in places]
-        if isinstance(self.method, CrossLayerTransform):
-            return compress_layer_groups(
-                self.method,
-                keys,
-                values,
-                places,
-                select(self.backend),
-                sinks=sinks,
-                window=self.window,
-                nonfinite=self.nonfinite,
-            )
-        parts = [
-            replace(self, sinks=s).compress_kv(k, v)
-            for k, v, s in zip(keys, values, sinks, strict=True)
-        ]
-        return CompressedCache(tuple(parts), tuple((i,) for i in range(len(parts))))
+        return self._cache_codec(select(self.backend)).compress(keys, values, positions)
 
     def decompress_cache(
         self,
@@ -209,8 +187,8 @@ class KVCacheCompressor:
         layers : sequence of int, optional
             Only these, in this order.
         tokens : slice, optional
-            Only these of the tokens of each layer, without steps. What a `CrossLayerTransform` coded is
-            decoded for them alone; other methods restore whole layers.
+            Only these of the tokens of each layer, without steps. A `CacheMethod` decodes
+            them alone; a `Method` restores whole layers.
 
         Returns
         -------
@@ -223,15 +201,11 @@ class KVCacheCompressor:
         UnknownLayer
             If it has no such layer.
         CalibrationError
-            If it was compressed with the code of a span that `method` has not.
+            If it was compressed with parameters that `method` does not have.
         CodingError
             If what was entropy-coded is damaged.
         """
-        if not isinstance(compressed, CompressedCache):
-            raise LayoutError(f"expected a CompressedCache, got {type(compressed).__name__}")
-        return decompress_layers(
-            compressed, self.method, self.decompress_kv, layers=layers, tokens=tokens
-        )
+        return self._cache_codec(select(self.backend)).decompress(compressed, layers, tokens)
 
     def compress_paged_cache(self, cache: KVCache, seq_id: Any, layer: int = 0) -> CompressedKV:
         """Compress one sequence of one layer of a paged cache, which is left as it is.
@@ -294,59 +268,47 @@ class KVCacheCompressor:
 
     def estimate_size(
         self,
-        key_shape: tuple[int, ...],
-        value_shape: tuple[int, ...] | None = None,
+        key_shapes: Shape | Sequence[Shape],
+        value_shapes: Shape | Sequence[Shape] | None = None,
         *,
         dtype: str = "float16",
     ) -> int:
-        """Bytes that `CompressedKV.nbytes` will be, from shapes alone.
+        """Bytes that `nbytes` of the result will be, from shapes alone.
+
+        Exact for a `Method`; an upper bound, which is seldom nearly met, for a `CacheMethod`.
 
         Parameters
         ----------
-        key_shape, value_shape : tuple of int
-            ``(..., seq_len, head_dim)``; the values' are the keys' if left out.
+        key_shapes, value_shapes : tuple of int, or sequence of such
+            ``(..., seq_len, head_dim)`` of what `compress_kv` is given, or one such shape for every
+            layer that `compress_cache` is given. The values' are the keys' if left out.
         dtype : {"float16", "bfloat16", "float32"}
 
         Raises
         ------
         DTypeError, ShapeError, SettingError
         """
-        if dtype not in FLOATING:
-            raise DTypeError(f"dtype must be one of {', '.join(FLOATING)}, got {dtype!r}")
-        value_shape = key_shape if value_shape is None else value_shape
-        if len(key_shape) < 2 or tuple(key_shape[:-1]) != tuple(value_shape[:-1]):
-            raise ShapeError(
-                "shapes must be (..., seq_len, head_dim) and agree in all sizes but the last, "
-                f"got {tuple(key_shape)} and {tuple(value_shape)}"
-            )
-        total = 0
-        shapes: tuple[tuple[Role, tuple[int, ...]], ...]
-        shapes = ("keys", key_shape), ("values", value_shape)
-        for role, shape in shapes:
-            coded, exact = split_spec(shape, dtype, exact=self.sinks + self.window)
-            encoded = self._method(role).encoded_spec(coded, role)
-            total += exact.nbytes + sum(spec.nbytes for spec in encoded.values())
-        return total
+        keys: Any = key_shapes
+        values: Any = key_shapes if value_shapes is None else value_shapes
+        codec = self._cache_codec(Dispatcher())
+        if keys and isinstance(keys[0], int):
+            return layer_size(codec.layer(0), keys, values, dtype)
+        return cache_size(codec, keys, values, dtype)
+
+    def layer_codec(self, dispatch: Dispatcher) -> LayerCodec:
+        """Return what codes a single layer, its operations run by `dispatch`."""
+        keys = None if isinstance(self.method, CacheMethod) else self.method.bind(self.quant_bits)
+        values = self.value_method.bind(self.quant_bits) if self.value_method else keys
+        return LayerCodec(keys, values, self.sinks, self.window, self.nonfinite, dispatch)
+
+    def _cache_codec(self, dispatch: Dispatcher) -> CacheCodec:
+        together = self.method if isinstance(self.method, CacheMethod) else None
+        codec = self.layer_codec(dispatch)
+        return CacheCodec(lambda _: codec, together)
 
     def _compress(self, k: Array, v: Array, layout: KVLayout, *, ndim: int) -> CompressedKV:
-        array_namespace(k, v)
-        check_shapes(k, v, layout, ndim)
-        dtype = check_dtypes(k, v)
-        dispatch = select(self.backend)
-        tensors: dict[Role, Array] = {"keys": k, "values": v}
-        methods = {role: self._method(role) for role in tensors}
-        for role, x in tensors.items():
-            # Settings that do not fit the shape raise here, before anything is computed.
-            coded, _ = split_spec(x.shape, dtype, exact=self.sinks + self.window)
-            methods[role].encoded_spec(coded, role)
-        read = {role: readable(x, methods[role], dispatch) for role, x in tensors.items()}
-        finite = {role: check_finite(x, role, dispatch, self.nonfinite) for role, x in read.items()}
-        keys, values = (
-            encode(x, role, methods[role], dispatch, sinks=self.sinks, window=self.window)
-            for role, x in finite.items()
-        )
-        sinks = min(self.sinks, k.shape[-2])
-        return CompressedKV(keys, values, layout, (tuple(k.shape), tuple(v.shape)), dtype, sinks)
+        check_pair(k, v, layout, ndim)
+        return self.layer_codec(select(self.backend)).compress(k, v, layout)
 
     def _decompress(self, compressed: CompressedKV, layout: KVLayout) -> tuple[Array, Array]:
         if not isinstance(compressed, CompressedKV):
@@ -356,22 +318,7 @@ class KVCacheCompressor:
                 f"this holds {compressed.layout.value}, not {layout.value}; "
                 f"use {_DECOMPRESS[compressed.layout]}"
             )
-        dispatch = select(self.backend)
-        k, v = (
-            decode(tensor, self._method(tensor.role), dispatch, shape=shape, sinks=compressed.sinks)
-            for tensor, shape in zip(
-                (compressed.keys, compressed.values), compressed.shape, strict=True
-            )
-        )
-        return k, v
-
-    def _method(self, role: Role) -> Method:
-        method = self.value_method if role == "values" and self.value_method else self.method
-        if isinstance(method, CrossLayerTransform):
-            raise SettingError(
-                "CrossLayerTransform compresses layers together: use compress_cache and decompress_cache"
-            )
-        return method.bind(self.quant_bits)
+        return self.layer_codec(select(self.backend)).decompress(compressed)
 
 
 _DECOMPRESS = {

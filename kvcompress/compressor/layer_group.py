@@ -1,128 +1,158 @@
-"""Layers of one layer group: exact tokens set aside, the rest coded together; some of it restored."""
+"""Layers that are coded together: exact tokens set aside, the rest by the method; some restored."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from kvcompress.arrays import Array, HostArray, array_namespace, device, dtype_name, to_host
+from kvcompress.backend import Dispatcher
 from kvcompress.compressed.cache import CompressedLayerGroup
-from kvcompress.cross_layer import transform as span_transform
-from kvcompress.cross_layer.parameters import CrossLayerParameters
-from kvcompress.errors import DTypeError, NamespaceError
+from kvcompress.methods.cache_method import CacheMethod
 from kvcompress.ops.casting import cast
 
 
-def check_alike(arrays: Sequence[Array]) -> None:
-    """Raise an error unless keys and values of a layer group are of one library, dtype and device."""
-    array_namespace(*arrays)
-    dtype, where = dtype_name(arrays[0].dtype), device(arrays[0])
-    for x in arrays:
-        if dtype_name(x.dtype) != dtype:
-            raise DTypeError(
-                f"all layers must have one dtype, got {dtype} and {dtype_name(x.dtype)}"
-            )
-        if device(x) != where:
-            raise NamespaceError(f"all layers must be on one device, got {where} and {device(x)}")
+@dataclass(frozen=True)
+class Tokens:
+    """Which tokens of a cache are kept exact, and which of the others are asked for.
+
+    Parameters
+    ----------
+    sinks : int
+        Exact tokens at the start.
+    end : int
+        Number of the first exact token at the end.
+    count : int
+        Tokens in all.
+    asked : slice
+        Of all tokens.
+    """
+
+    sinks: int
+    end: int
+    count: int
+    asked: slice
+
+    @property
+    def coded(self) -> range:
+        """Numbers, among those coded, of the tokens asked for."""
+        first, last, _ = self.asked.indices(self.count)
+        low, high = (min(max(i, self.sinks), self.end) for i in (first, max(first, last)))
+        return range(low - self.sinks, high - self.sinks)
+
+    @property
+    def lead(self) -> slice:
+        """Where, among those exact, the first tokens asked for are."""
+        first, last, _ = self.asked.indices(self.count)
+        return slice(min(first, self.sinks), min(last, self.sinks))
+
+    @property
+    def tail(self) -> slice:
+        """Where, among those exact, the last tokens asked for are."""
+        first, last, _ = self.asked.indices(self.count)
+        start, stop = (max(i, self.end) - self.end + self.sinks for i in (first, last))
+        return slice(start, stop)
 
 
 def compress_group(
-    parameters: CrossLayerParameters,
-    keys: Sequence[Array],
-    values: Sequence[Array],
+    method: CacheMethod,
+    group: int,
+    pairs: Sequence[tuple[Array, Array]],
     positions: HostArray,
     *,
     sinks: int,
     window: int,
+    dispatch: Dispatcher,
 ) -> CompressedLayerGroup:
-    """Compress layers that hold the same tokens, and that both checks have passed.
+    """Compress the layers of a group, which all checks have passed.
 
     Parameters
     ----------
-    parameters : CrossLayerParameters
-    keys, values : sequences of arrays ``[batch, num_heads, tokens, head_dim]``
+    method : CacheMethod
+    group : int
+        Number of the group in `method`.
+    pairs : sequence of pairs of arrays ``[batch, num_heads, tokens, head_dim]``
+        Keys and values of every layer.
     positions : integer array ``[tokens]``
     sinks, window : int
+    dispatch : Dispatcher
     """
-    like = keys[0]
-    xp, where, dtype = array_namespace(like), device(like), dtype_name(like.dtype)
-    tokens = like.shape[2]
-    sinks = min(sinks, tokens)
-    end = max(sinks, tokens - window)
+    like = pairs[0][0]
+    xp, where, count = array_namespace(like), device(like), like.shape[2]
+    sinks = min(sinks, count)
+    end = max(sinks, count - window)
     place = xp.asarray(positions.astype(np.int32), device=where)
-    payload = span_transform.encode(
-        parameters,
-        [k[:, :, sinks:end, :] for k in keys],
-        [v[:, :, sinks:end, :] for v in values],
+    payload = method.encode(
+        group,
+        [k[:, :, sinks:end, :] for k, _ in pairs],
+        [v[:, :, sinks:end, :] for _, v in pairs],
         place[sinks:end],
         seq_len=_length(positions),
+        dispatch=dispatch,
     )
-    exact = tuple(
-        (
-            xp.concat([k[:, :, :sinks, :], k[:, :, end:, :]], axis=2),
-            xp.concat([v[:, :, :sinks, :], v[:, :, end:, :]], axis=2),
-        )
-        for k, v in zip(keys, values, strict=True)
-    )
-    start = int(positions[0]) if tokens else 0
-    follow = bool(np.array_equal(positions, start + np.arange(tokens)))
+
+    def exact(x: Array) -> Array:
+        return xp.concat([x[:, :, :sinks, :], x[:, :, end:, :]], axis=2)
+
+    start = int(positions[0]) if count else 0
+    follow = bool(np.array_equal(positions, start + np.arange(count)))
     return CompressedLayerGroup(
-        payload,
-        exact,
-        start if follow else place,
-        parameters.fingerprint,
-        tuple((tuple(k.shape), tuple(v.shape)) for k, v in zip(keys, values, strict=True)),
-        dtype,
-        sinks,
+        payload=payload,
+        exact=tuple((exact(k), exact(v)) for k, v in pairs),
+        positions=start if follow else place,
+        method=method.identifier,
+        fingerprint=method.fingerprints[group],
+        shapes=tuple((tuple(k.shape), tuple(v.shape)) for k, v in pairs),
+        dtype=dtype_name(like.dtype),
+        sinks=sinks,
     )
 
 
 def decompress_group(
+    method: CacheMethod,
     part: CompressedLayerGroup,
-    parameters: CrossLayerParameters,
     layers: Sequence[int],
-    tokens: slice,
+    asked: slice,
+    dispatch: Dispatcher,
 ) -> list[tuple[Array, Array]]:
-    """Keys and values of some layers, counted within the layer group, and some tokens."""
-    like = part.exact[0][0]
+    """Restore keys and values of some layers, counted within the group, and some tokens.
+
+    Raises
+    ------
+    CalibrationError, CodingError
+    """
+    group, like = method.find(part.fingerprint), part.some_array
     xp, where = array_namespace(like), device(like)
     batch, _, count, _ = part.shapes[0][0]
-    first, last, _ = tokens.indices(count)
-    if not batch:
-        shapes = [[(0, s[1], max(0, last - first), s[3]) for s in part.shapes[i]] for i in layers]
-        empty = [[xp.zeros(s, dtype=like.dtype, device=where) for s in pair] for pair in shapes]
-        return [(k, v) for k, v in empty]
-    window = like.shape[2] - part.sinks
-    sinks, end = part.sinks, count - window
-    low, high = (min(max(i, sinks), end) for i in (first, max(first, last)))
+    tokens = Tokens(part.sinks, count - (like.shape[2] - part.sinks), count, asked)
     if isinstance(part.positions, int):
         positions = part.positions + np.arange(count)
     else:
         positions = to_host(part.positions)
-    place = xp.asarray(positions[low:high].astype(np.int32), device=where)
+    place = xp.asarray(positions[tokens.sinks : tokens.end].astype(np.int32), device=where)
     # Cast block by block: all in float32 would take twice the memory of what is returned.
-    pieces: list[tuple[list[list[Array]], ...]] = [
-        tuple([[] for _ in range(batch)] for _ in range(2)) for _ in layers
+    blocks: list[tuple[list[list[Array]], list[list[Array]]]] = [
+        ([[] for _ in range(batch)], [[] for _ in range(batch)]) for _ in layers
     ]
-    for b in range(batch):
-        rows, at = b * (end - sinks) + np.arange(low, high) - sinks, 0
-        for block in span_transform.decode(parameters, part.payload, rows, layers):
-            for layer, x, of_layer in zip(layers, block, pieces, strict=True):
-                cut = place[at : at + x.shape[0]]
-                pair = parameters.group.split(
-                    x, cut, batch=1, layer=layer, seq_len=_length(positions)
-                )
-                for of_role, y in zip(of_layer, pair, strict=True):
-                    of_role[b].append(cast(y, dtype=part.dtype))
-            at += span_transform.BLOCK
-    lead = slice(min(first, sinks), min(last, sinks))
-    tail = slice(*(max(i, end) - end + sinks for i in (first, last)))
+    for sequence, pairs in method.decode(
+        group,
+        part.payload,
+        place,
+        batch=batch,
+        tokens=tokens.coded,
+        layers=layers,
+        seq_len=_length(positions),
+        dispatch=dispatch,
+    ):
+        for pair, of_layer in zip(pairs, blocks, strict=True):
+            for x, of_role in zip(pair, of_layer, strict=True):
+                of_role[sequence].append(cast(x, dtype=part.dtype))
     result = []
-    for layer, of_layer in zip(layers, pieces, strict=True):
+    for layer, of_layer in zip(layers, blocks, strict=True):
         k, v = (
-            _joined(x[:, :, lead, :], of_role, x[:, :, tail, :])
-            for x, of_role in zip(part.exact[layer], of_layer, strict=True)
+            _joined(x, tokens, role) for x, role in zip(part.exact[layer], of_layer, strict=True)
         )
         result.append((k, v))
         for of_role in of_layer:
@@ -130,13 +160,17 @@ def decompress_group(
     return result
 
 
-def _joined(lead: Array, blocks: Sequence[Sequence[Array]], tail: Array) -> Array:
+def _joined(exact: Array, tokens: Tokens, blocks: Iterable[Sequence[Array]]) -> Array:
     """Tokens of a layer: exact ones around the blocks decoded of every sequence."""
-    xp = array_namespace(lead)
+    xp, lead, tail = array_namespace(exact), tokens.lead, tokens.tail
     whole = [
-        xp.concat([lead[b : b + 1, ...], *middle, tail[b : b + 1, ...]], axis=2)
+        xp.concat([exact[b : b + 1, :, lead, :], *middle, exact[b : b + 1, :, tail, :]], axis=2)
         for b, middle in enumerate(blocks)
     ]
+    if not whole:
+        _, heads, _, head_dim = exact.shape
+        empty = (0, heads, len(range(*tokens.asked.indices(tokens.count))), head_dim)
+        return xp.zeros(empty, dtype=exact.dtype, device=device(exact))
     return xp.concat(whole, axis=0) if len(whole) > 1 else whole[0]
 
 

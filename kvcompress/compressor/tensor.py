@@ -58,7 +58,7 @@ def encode(
 
 def decode(
     tensor: CompressedTensor,
-    known: Method,
+    known: Method | None,
     dispatch: Dispatcher,
     *,
     shape: tuple[int, ...],

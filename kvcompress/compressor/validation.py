@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from kvcompress.arrays import (
     FLOAT16_MAX,
     FLOATING,
     Array,
+    HostArray,
     array_namespace,
     device,
     dtype_name,
     is_concrete,
+    to_host,
 )
 from kvcompress.backend import Dispatcher
 from kvcompress.compressed.kv import KVLayout
@@ -23,8 +27,14 @@ LARGEST = 2.0**120
 """Largest magnitude accepted: what is computed from such still fits float32."""
 
 
-def check_shapes(k: Array, v: Array, layout: KVLayout, ndim: int) -> None:
-    """Raise `ShapeError` unless keys and values fit each other and the layout."""
+def check_pair(k: Array, v: Array, layout: KVLayout, ndim: int) -> None:
+    """Check that keys and values fit each other and a layout of `ndim` dimensions.
+
+    Raises
+    ------
+    NamespaceError, ShapeError, DTypeError
+    """
+    array_namespace(k, v)
     for name, x in (("k", k), ("v", v)):
         if x.ndim != ndim:
             hint = {3: "; see compress_kv_3d", 4: "; see compress_kv"}.get(x.ndim, "")
@@ -39,22 +49,74 @@ def check_shapes(k: Array, v: Array, layout: KVLayout, ndim: int) -> None:
             f"k and v must agree in all sizes but the last, "
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
-
-
-def check_dtypes(k: Array, v: Array) -> str:
-    """Return the name of the dtype that keys and values share; they share a device, too."""
     kinds = [dtype_name(x.dtype) for x in (k, v)]
     for name, kind in zip("kv", kinds, strict=True):
         if kind not in FLOATING:
             raise DTypeError(
                 f"{name} must be {', '.join(FLOATING[:-1])} or {FLOATING[-1]}, got {kind}; "
-                "cast it knowingly first"
+                "convert it to one of these first"
             )
     if kinds[0] != kinds[1]:
         raise DTypeError(f"k and v must have one dtype, got {kinds[0]} and {kinds[1]}")
     if device(k) != device(v):
         raise NamespaceError(f"k and v must be on one device, got {device(k)} and {device(v)}")
-    return kinds[0]
+
+
+def check_cache(keys: Sequence[Array], values: Sequence[Array]) -> None:
+    """Check that keys and values fit each other, layer by layer.
+
+    Raises
+    ------
+    NamespaceError, ShapeError, DTypeError
+    """
+    if len(keys) != len(values):
+        raise ShapeError(f"got keys of {len(keys)} layers and values of {len(values)}")
+    for k, v in zip(keys, values, strict=True):
+        check_pair(k, v, KVLayout.BATCHED, 4)
+
+
+def check_alike(arrays: Sequence[Array]) -> None:
+    """Check that the arrays of a layer group are of one library, dtype and device.
+
+    Raises
+    ------
+    NamespaceError, DTypeError
+    """
+    array_namespace(*arrays)
+    dtype, where = dtype_name(arrays[0].dtype), device(arrays[0])
+    for x in arrays:
+        if dtype_name(x.dtype) != dtype:
+            raise DTypeError(
+                f"all layers must have one dtype, got {dtype} and {dtype_name(x.dtype)}"
+            )
+        if device(x) != where:
+            raise NamespaceError(f"all layers must be on one device, got {where} and {device(x)}")
+
+
+def positions_of(counts: Sequence[int], positions: Array | None) -> list[HostArray]:
+    """Positions of the tokens of every layer, on the host.
+
+    Without `positions`, the layer with most tokens holds all of them from the first on, and others,
+    of a sliding window, the last ones.
+
+    Raises
+    ------
+    NamespaceError, DTypeError, ShapeError
+        If `positions` are not integers, or not one for every token.
+    """
+    if positions is None:
+        most = max(counts, default=0)
+        return [np.arange(most - count, most) for count in counts]
+    xp = array_namespace(positions)
+    if not xp.isdtype(positions.dtype, "integral"):
+        raise DTypeError(f"positions must be integers, got {dtype_name(positions.dtype)}")
+    for count in counts:
+        if tuple(positions.shape) != (count,):
+            raise ShapeError(
+                f"positions must be [{count}], one for every token of every layer, "
+                f"got shape {tuple(positions.shape)}"
+            )
+    return [to_host(positions)] * len(counts)
 
 
 def check_finite(x: Array, role: Role, dispatch: Dispatcher, nonfinite: str) -> Array:

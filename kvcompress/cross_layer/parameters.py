@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
-from os import PathLike
+from typing import Any
 
 import numpy as np
 
@@ -14,10 +14,6 @@ from kvcompress.arrays import HostArray, digest
 from kvcompress.cross_layer.layer_group import LayerGroup
 from kvcompress.cross_layer.metric import Metric
 from kvcompress.entropy.context_model import ContextModel
-from kvcompress.errors import CalibrationError, KVCompressError
-from kvcompress.files import load_arrays, save_arrays
-
-FORMAT = "kvcompress.cross-layer-parameters.3"
 
 HALF, BYTE = 8.0, 1.0
 """Root mean squares of coefficients, in steps, from which their row of the basis is half floats, or
@@ -153,31 +149,19 @@ class CrossLayerParameters:
 
     def __repr__(self) -> str:
         return (
-            f"CrossLayerParameters({len(self.group.layers)} layers, {self.bits:g} bits, {self.components} of "
-            f"{self.group.width} components, {self.nbytes:,} bytes, {self.fingerprint[:12]})"
+            f"CrossLayerParameters({len(self.group.layers)} layers, {self.bits:g} bits, "
+            f"{self.components} of {self.group.width} components, {self.nbytes:,} bytes, {self.fingerprint[:12]})"
         )
 
-    def save(self, path: str | PathLike[str], /) -> None:
-        """Write a safetensors file."""
-        facts = {"group": self.group.to_dict(), "bits": self.bits}
-        save_arrays(path, self.arrays, form=FORMAT, facts=facts)
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """All that is not an array, as JSON can carry it."""
+        return {"group": self.group.to_dict(), "bits": self.bits}
 
     @classmethod
-    def load(cls, path: str | PathLike[str], /) -> CrossLayerParameters:
-        """Read a file that `save` wrote.
-
-        Raises
-        ------
-        CalibrationError
-            If it is no such file.
-        """
-        arrays, facts = load_arrays(path, form=FORMAT, kind="parameters of a layer group")
-        try:
-            return cls(LayerGroup.from_dict(facts["group"]), facts["bits"], **arrays)
-        except (KVCompressError, KeyError, ValueError, TypeError) as error:
-            raise CalibrationError(
-                f"{path} holds no parameters of a layer group: {error}"
-            ) from error
+    def of(cls, facts: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> CrossLayerParameters:
+        """Undo `facts` and `arrays`; what does not fit raises whatever Python raises."""
+        return cls(LayerGroup.from_dict(facts["group"]), facts["bits"], **arrays)
 
 
 def store_basis(vectors: HostArray, sizes: HostArray) -> Mapping[str, HostArray]:

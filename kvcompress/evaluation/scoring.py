@@ -1,20 +1,19 @@
-"""What methods at their rates do to a model: rows of `kvcompress evaluate`."""
+"""What methods at their rates do to the predictions of a model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kvcompress.arrays import HostArray, to_host
-from kvcompress.compressed.kv import CompressedKV
-from kvcompress.compressor.compressor import KVCacheCompressor
-from kvcompress.cross_layer.transform import CrossLayerTransform
+from kvcompress.compressed import CompressedCache
 from kvcompress.evaluation.metrics import rate_bound
+from kvcompress.evaluation.rates import CacheCompressor
 
 if TYPE_CHECKING:
     from kvcompress.evaluation.continuation import Continuation, Score
@@ -30,20 +29,38 @@ class Row:
     method : str
     bits : float
         As asked for.
-    compressor : callable
-        From a layer to its compressor.
+    compressor : KVCacheCompressor or Plan
+    sinks, window : int
+        First and last tokens that it keeps exact.
     """
 
     method: str
     bits: float
-    compressor: Callable[[int], KVCacheCompressor]
+    compressor: CacheCompressor
+    sinks: int
+    window: int
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Sums over caches of what `CompressedCache` counts."""
+
+    coded_nbytes: int
+    num_coded: int
+    nbytes: int
+    num_values: int
+
+    @classmethod
+    def of(cls, *caches: CompressedCache | _Sizes) -> _Sizes:
+        """Add caches, or sums, up."""
+        return cls(*(sum(getattr(x, field.name) for x in caches) for field in fields(cls)))
 
 
 @dataclass
 class Tally:
     """What a row did to the sequences so far."""
 
-    compressed: list[tuple[int, int, int, int]] = field(default_factory=list)
+    sizes: list[_Sizes] = field(default_factory=list)
     bounds: list[float] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
 
@@ -68,7 +85,7 @@ class Result:
     attention_relative_error : float
         Mean over layers and sequences.
     bits_over_bound : float
-        Coded bits above `kvcompress.evaluation.metrics.rate_bound`, the mean over layers and sequences.
+        Coded bits above `rate_bound`, the mean over layers and sequences.
     """
 
     method: str
@@ -110,41 +127,22 @@ def score(
 
 
 def _step(continuation: Continuation, row: Row, tally: Tally) -> None:
-    restored = {}
-    if isinstance(row.compressor(0).method, CrossLayerTransform):
-        restored = _together(continuation, row.compressor(0), tally)
-    else:
-        for layer, (k, v) in continuation.kv.items():
-            compressor = row.compressor(layer)
-            if layer in continuation.partial:
-                compressor = replace(compressor, sinks=0)
-            compressed = compressor.compress_kv(k, v)
-            tally.compressed.append(_sizes(compressed))
-            restored[layer] = compressor.decompress_kv(compressed)
+    keys, values = zip(*continuation.kv.values(), strict=True)
+    compressed = row.compressor.compress_cache(keys, values)
+    pairs = zip(*row.compressor.decompress_cache(compressed), strict=True)
+    restored = dict(zip(continuation.kv, pairs, strict=True))
+    # Of what was compressed, the sizes are all that is asked later.
+    tally.sizes.append(_Sizes.of(compressed))
     for layer, pair in restored.items():
-        tally.bounds.append(_bound(continuation, layer, pair, row.compressor(layer)))
+        tally.bounds.append(_bound(continuation, layer, pair, row))
     tally.scores.append(continuation.score(restored))
 
 
-def _together(
-    continuation: Continuation, compressor: KVCacheCompressor, tally: Tally
-) -> dict[int, tuple[Any, Any]]:
-    """Restored layers of a compressor that takes them all at once."""
-    keys, values = zip(*continuation.kv.values(), strict=True)
-    compressed = compressor.compress_cache(keys, values)
-    sizes = compressed.coded_nbytes, compressed.num_coded
-    tally.compressed.append((*sizes, compressed.nbytes, compressed.num_values))
-    pairs = zip(*compressor.decompress_cache(compressed), strict=True)
-    return dict(zip(continuation.kv, pairs, strict=True))
-
-
-def _bound(
-    continuation: Continuation, layer: int, restored: tuple[Any, Any], compressor: KVCacheCompressor
-) -> float:
+def _bound(continuation: Continuation, layer: int, restored: tuple[Any, Any], row: Row) -> float:
     """`rate_bound` of the coded tokens of a layer."""
     original, tokens = continuation.kv[layer], continuation.kv[layer][0].shape[-2]
-    sinks = 0 if layer in continuation.partial else compressor.sinks
-    coded = slice(sinks, max(sinks, tokens - compressor.window))
+    sinks = 0 if layer in continuation.partial else row.sinks
+    coded = slice(sinks, max(sinks, tokens - row.window))
     (k, v), (k_restored, v_restored) = (
         [to_host(x[0, :, coded]) for x in pair] for pair in (original, restored)
     )
@@ -152,30 +150,19 @@ def _bound(
     return rate_bound(queries, (k, v), (k_restored, v_restored))
 
 
-def _sizes(compressed: CompressedKV) -> tuple[int, int, int, int]:
-    """Bytes and values, coded and all."""
-    tensors = compressed.keys, compressed.values
-    return (
-        sum(x.coded_nbytes for x in tensors),
-        sum(x.num_coded for x in tensors),
-        sum(x.nbytes for x in tensors),
-        sum(x.num_values for x in tensors),
-    )
-
-
 def result(row: Row, tally: Tally) -> Result:
     """Sum a row up."""
-    coded_bytes, coded, nbytes, values = map(sum, zip(*tally.compressed, strict=True))
+    sizes = _Sizes.of(*tally.sizes)
     kl, original, nll, same = (
         np.concatenate([getattr(score, name) for score in tally.scores])
         for name in ("kl", "original_nll", "nll", "same_top")
     )
-    coded_bits = 8 * coded_bytes / coded if coded else math.nan
+    coded_bits = 8 * sizes.coded_nbytes / sizes.num_coded if sizes.num_coded else math.nan
     return Result(
         method=row.method,
         bits=row.bits,
         coded_bits_per_value=coded_bits,
-        bits_per_value=8 * nbytes / values,
+        bits_per_value=8 * sizes.nbytes / sizes.num_values,
         kl_mean=float(np.mean(kl)),
         kl_p99=float(np.percentile(kl, 99)),
         perplexity_change=100 * math.expm1(float(np.mean(nll - original))),

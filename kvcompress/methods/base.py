@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 from kvcompress.arrays import Array, itemsize
 from kvcompress.backend import Dispatcher
 from kvcompress.errors import SettingError
+from kvcompress.methods.registry import known, register
 
 Role: TypeAlias = Literal["keys", "values"]
 Payload: TypeAlias = dict[str, Array]
@@ -49,16 +50,38 @@ class Method(ABC):
     A method sees one tensor ``[heads, tokens, head_dim]`` and whether it holds keys or values,
     never a batch, a cache or a file. It turns the tensor into a payload: named arrays whose shapes
     follow from the settings and the tensor's shape alone.
+
+    A subclass that sets `identifier` is registered: `from_dict` finds it, and the commands, plots
+    and tests that list methods take it from there.
     """
 
-    _registry: ClassVar[dict[str, type[Method]]] = {}
+    identifier: ClassVar[str]
+    """What names the method in JSON and in files, for ever; the class may be renamed."""
 
     by_operations: ClassVar[bool] = False
     """Whether `encode` only asks `x` for shape, dtype and library, and hands it to operations."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        Method._registry[cls.__name__] = cls
+        if "identifier" in cls.__dict__:
+            register(cls)
+
+    @classmethod
+    def presets(cls, head_dims: Collection[int], /) -> tuple[Self, ...]:
+        """Return settings that fit tensors of all these `head_dims`, from few bits to many.
+
+        They are what ``kvcompress compare``, ``bench`` and ``doctor`` run, and what the tests check
+        every method with. A method without presets is not listed there.
+        """
+        return ()
+
+    @classmethod
+    def at_bits(cls, bits: float, /) -> Self | None:
+        """Return the settings whose codes take `bits` per value; None if there are none.
+
+        They are what ``kvcompress evaluate`` runs. Scales, gains and bases may come on top.
+        """
+        return None
 
     @abstractmethod
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
@@ -86,7 +109,7 @@ class Method(ABC):
         """Return the settings as what is compressed carries them: small, and serializable."""
         return self
 
-    def attach(self, method: Method) -> Self:
+    def attach(self, method: Method | None) -> Self:
         """Undo `detach`, by the method of the compressor that is asked to decompress.
 
         Raises
@@ -98,7 +121,7 @@ class Method(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as values that JSON can carry; `from_dict` undoes it."""
-        return {"method": type(self).__name__, **dataclasses.asdict(self)}
+        return {"method": self.identifier, **dataclasses.asdict(self)}
 
     @staticmethod
     def from_dict(settings: Mapping[str, Any]) -> Method:
@@ -110,13 +133,15 @@ class Method(ABC):
             If the method or one of its settings is unknown.
         """
         values = dict(settings)
-        name = values.pop("method", None)
+        name, methods = values.pop("method", None), known_methods()
+        if not isinstance(name, str) or name not in methods:
+            raise SettingError(f"unknown method {name!r}; known: {', '.join(sorted(methods))}")
         try:
-            cls = Method._registry[name]
-        except (KeyError, TypeError):
-            known = ", ".join(sorted(Method._registry))
-            raise SettingError(f"unknown method {name!r}; known: {known}") from None
-        try:
-            return cls(**values)
+            return methods[name](**values)
         except TypeError as error:
-            raise SettingError(f"settings of {name} do not fit: {error}") from error
+            raise SettingError(f"the settings of {name} do not fit: {error}") from error
+
+
+def known_methods() -> dict[str, type[Method]]:
+    """Return every registered `Method` by its identifier, those of entry points included."""
+    return known(Method)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Self
 
@@ -41,6 +41,8 @@ class GroupQuantization(Method):
         If a setting is out of range.
     """
 
+    identifier = "GroupQuantization"
+
     by_operations = True
 
     bits: int = 0
@@ -59,6 +61,15 @@ class GroupQuantization(Method):
 
     def bind(self, quant_bits: int) -> Self:
         return self if self.bits else replace(self, bits=quant_bits)
+
+    @classmethod
+    def presets(cls, head_dims: Collection[int], /) -> tuple[Self, ...]:
+        settings = ((2, 64), (2, 32), (3, 64), (4, 64), (8, 64))
+        return tuple(cls(bits, size) for bits, size in settings)
+
+    @classmethod
+    def at_bits(cls, bits: float, /) -> Self | None:
+        return cls(int(bits)) if bits in BITS else None
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         return _grouped.encoded_spec(self._affine(spec.dtype, role), spec)

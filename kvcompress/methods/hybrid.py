@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -46,6 +46,8 @@ class Hybrid(Method):
         If a setting is out of range.
     """
 
+    identifier = "Hybrid"
+
     rank: int
     quant_bits: int = 0
     group_size: int = 64
@@ -59,6 +61,13 @@ class Hybrid(Method):
 
     def bind(self, quant_bits: int) -> Self:
         return self if self.quant_bits else replace(self, quant_bits=quant_bits)
+
+    @classmethod
+    def presets(cls, head_dims: Collection[int], /) -> tuple[Self, ...]:
+        full = min(head_dims)
+        half = max(1, full // 2)
+        settings = ((half, 2), (half, 3), (half, 4), (full, 2), (full, 3), (full, 4), (full, 8))
+        return tuple(dict.fromkeys(cls(rank, bits) for rank, bits in settings))
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, _ = spec.shape

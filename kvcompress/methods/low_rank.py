@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -39,6 +39,8 @@ class LowRank(Method):
     SettingError
         If `rank` is no positive integer.
     """
+
+    identifier = "LowRank"
 
     rank: int
 
@@ -80,6 +82,11 @@ class LowRank(Method):
                 short = kept < energy * kept[..., -1:]
                 ranks.append(1 + int(xp.max(xp.sum(xp.astype(short, xp.int32), axis=-1))))
         return cls(max(ranks))
+
+    @classmethod
+    def presets(cls, head_dims: Collection[int], /) -> tuple[Self, ...]:
+        full = min(head_dims)
+        return tuple(dict.fromkeys(cls(max(1, full * part // 4)) for part in (1, 2, 3)))
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, _ = spec.shape

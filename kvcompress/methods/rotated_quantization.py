@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from kvcompress.arrays import Array, dtype_name
 from kvcompress.backend import Dispatcher
@@ -37,6 +38,8 @@ class RotatedQuantization(Method):
         If a setting is out of range.
     """
 
+    identifier = "RotatedQuantization"
+
     by_operations = True
 
     bits: int
@@ -45,6 +48,14 @@ class RotatedQuantization(Method):
     def __post_init__(self) -> None:
         check_integer("bits", self.bits, 1, 8)
         check_integer("seed", self.seed, 0)
+
+    @classmethod
+    def presets(cls, head_dims: Collection[int], /) -> tuple[Self, ...]:
+        return tuple(cls(bits) for bits in (1, 2, 3, 4, 5, 6, 8))
+
+    @classmethod
+    def at_bits(cls, bits: float, /) -> Self | None:
+        return cls(int(bits)) if bits in range(1, 9) else None
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, head_dim = spec.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -17,6 +17,9 @@ from kvcompress.methods import _own_transform, _trained_transform
 from kvcompress.methods._heads import join_heads, split_heads
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.outliers import gather_rows, largest, put_rows
+
+LEAST, MOST = 0.25, 8.0
+"""Bits per value that can be asked for."""
 
 EXACT = 0.005
 """Share of the keys kept exact, where nothing else is said."""
@@ -62,6 +65,8 @@ class TransformCoding(Method):
         If a setting is out of range.
     """
 
+    identifier = "TransformCoding"
+
     bits: float
     calibration: LayerStatistics | LayerParameters | str | None = None
     exact: float = EXACT
@@ -70,7 +75,7 @@ class TransformCoding(Method):
     def __post_init__(self) -> None:
         bits: Any = self.bits
         number = isinstance(bits, int | float) and not isinstance(bits, bool)
-        if not number or not 0.25 <= bits <= 8:
+        if not number or not LEAST <= bits <= MOST:
             raise SettingError(f"bits must be a number from 0.25 to 8, got {bits!r}")
         known = self.calibration
         if not isinstance(known, LayerStatistics | LayerParameters | str | None):
@@ -110,7 +115,7 @@ class TransformCoding(Method):
     def detach(self) -> Self:
         return replace(self, calibration=self.fingerprint)
 
-    def attach(self, method: Method) -> Self:
+    def attach(self, method: Method | None) -> Self:
         if not isinstance(self.calibration, str):
             return self
         known = method.calibration if isinstance(method, TransformCoding) else None
@@ -132,12 +137,20 @@ class TransformCoding(Method):
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "method": type(self).__name__,
+            "method": self.identifier,
             "bits": self.bits,
             "calibration": self.fingerprint,
             "exact": self.exact,
             "scope": self.scope,
         }
+
+    @classmethod
+    def presets(cls, head_dims: Collection[int], /) -> tuple[Self, ...]:
+        return tuple(cls(bits) for bits in (1, 2, 3, 4))
+
+    @classmethod
+    def at_bits(cls, bits: float, /) -> Self | None:
+        return cls(bits) if LEAST <= bits <= MOST else None
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         parameters = self.parameters

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Self
 
 from kvcompress.arrays import Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Dispatcher
@@ -44,6 +45,8 @@ class VectorQuantization(Method):
         If a setting is out of range.
     """
 
+    identifier = "VectorQuantization"
+
     codebook_size: int
     vector_dim: int | None = None
     exact: float = 0.01
@@ -57,6 +60,12 @@ class VectorQuantization(Method):
         check_fraction("exact", self.exact)
         check_integer("iterations", self.iterations, 0)
         check_integer("seed", self.seed, 0)
+
+    @classmethod
+    def presets(cls, head_dims: Collection[int], /) -> tuple[Self, ...]:
+        divisor = math.gcd(*head_dims)
+        settings = ((8, 16), (8, 64), (4, 16), (4, 64), (2, 16), (4, 256), (2, 64))
+        return tuple(dict.fromkeys(cls(size, math.gcd(dim, divisor)) for dim, size in settings))
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, head_dim = spec.shape

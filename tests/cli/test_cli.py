@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 import kvcompress
 from kvcompress import CompressedKV, Hybrid, KVCacheCompressor, Method, VectorQuantization
 from kvcompress.cli.app import app
-from kvcompress.cli.ladder import NAMES, ladder, settings
 from kvcompress.cli.libraries import Library, median_time
+from kvcompress.cli.presets import presets, settings
 
 LIBRARIES = [
     pytest.param(name, marks=pytest.mark.library(name)) for name in ("numpy", "jax", "torch")
@@ -103,7 +103,9 @@ def test_compare_sample():
     facts = report("--methods", "Hybrid")
     assert facts["layers"] == 3
     assert facts["key_shape"] == [3, 768, 64]
-    assert [Method.from_dict(r["method"]) for r in facts["results"]] == list(ladder([64])["Hybrid"])
+    assert [Method.from_dict(r["method"]) for r in facts["results"]] == list(
+        presets([64])["Hybrid"]
+    )
     finest = facts["results"][-1]
     assert finest["method"]["quant_bits"] == 8
     assert finest["key_relative_mse"] < 1e-4
@@ -113,7 +115,7 @@ def test_compare_sample():
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_compare_measures_what_the_library_does(library, npz):
     data = arrays()
-    names = NAMES if library != "jax" else ("LowRank",)  # compiling takes a while
+    names = list(presets([16])) if library != "jax" else ("LowRank",)  # compiling takes a while
     options = ("--methods", ",".join(names), "--sinks", "2", "--window", "3")
     facts = report(npz(**data), "--library", library, *options)
     assert facts["library"] == library
@@ -148,7 +150,7 @@ def test_compare_table(npz):
     result = run("compare", npz(**arrays()))
     assert result.exit_code == 0
     assert result.stderr == ""  # no progress bar where there is no terminal
-    for name in NAMES:
+    for name in presets([64]):
         assert name in result.stdout
     assert "quant_bits=8" in result.stdout
     assert "|x - x'|^2 / |x|^2" in result.stdout
@@ -265,7 +267,9 @@ def test_compare_rejects_other_files(tmp_path):
 
 
 def test_compare_rejects_options():
-    assert "unknown method 'Zip'; known: LowRank" in error("compare", "--methods", "LowRank,Zip")
+    assert "unknown method 'Zip'; known: GroupQuantization" in error(
+        "compare", "--methods", "LowRank,Zip"
+    )
     assert "no such directory" in error("compare", "--plot", "no/where.png")
     assert "suffix must be one of" in error("compare", "--plot", "picture.doc")
     assert "unknown backend 'warp'" in error("compare", env={"KVCOMPRESS_BACKEND": "warp"})
@@ -278,11 +282,11 @@ def test_compare_plot(npz, tmp_path):
     assert path.read_text().startswith("<?xml")
 
 
-def test_ladder_fits_every_width():
+def test_presets_fit_every_width():
     for dim in (1, 2, 3, 5, 16, 64, 80, 96, 128, 192, 256, 576):
-        rungs = ladder([dim])
-        assert tuple(rungs) == NAMES
-        for methods in rungs.values():
+        found = presets([dim])
+        assert set(found) >= {"LowRank", "VectorQuantization", "Hybrid", "GroupQuantization"}
+        for methods in found.values():
             assert len(methods) == len(set(methods)) >= 1
             for method in methods:
                 KVCacheCompressor(method).estimate_size((2, 100, dim))
@@ -301,9 +305,9 @@ OPERATIONS = [
 
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_bench(library, monkeypatch):
-    names = NAMES if library != "jax" else ("LowRank",)  # compiling takes a while
-    few = {name: rungs for name, rungs in ladder([16]).items() if name in names}
-    monkeypatch.setattr("kvcompress.cli.bench.ladder", lambda _: few)
+    names = list(presets([16])) if library != "jax" else ("LowRank",)  # compiling takes a while
+    few = {name: known for name, known in presets([16]).items() if name in names}
+    monkeypatch.setattr("kvcompress.cli.bench.presets", lambda _: few)
     result = run("bench", "--library", library, "--shape", "1,2,64,16", "--repeat", "1")
     assert result.exit_code == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
@@ -312,7 +316,7 @@ def test_bench(library, monkeypatch):
 
 
 def test_bench_of_all_libraries_and_dtypes(monkeypatch):
-    monkeypatch.setattr("kvcompress.cli.bench.ladder", lambda _: {})
+    monkeypatch.setattr("kvcompress.cli.bench.presets", lambda _: {})
     monkeypatch.setattr("kvcompress.cli.bench.installed", lambda: ["numpy"])
     dtypes = ("--dtype", "float16", "--dtype", "bfloat16")
     result = run("bench", "--shape", "1,2,64,16", "--repeat", "1", *dtypes)
@@ -338,7 +342,7 @@ def test_bench_measures_every_backend_that_takes_a_call(monkeypatch):
             return kvcompress.ops.quantize(x, spec=spec)
 
     few = {"GroupQuantization": (kvcompress.GroupQuantization(8),)}
-    monkeypatch.setattr("kvcompress.cli.bench.ladder", lambda _: few)
+    monkeypatch.setattr("kvcompress.cli.bench.presets", lambda _: few)
     monkeypatch.setattr("kvcompress.backend.names", lambda: ("loopback",))
     monkeypatch.setattr("kvcompress.backend.load", {"loopback": Loopback()}.get)
     kvcompress.backend._automatic.cache_clear()
@@ -388,7 +392,8 @@ def test_doctor():
 
 
 def test_doctor_warms(monkeypatch):
-    monkeypatch.setattr("kvcompress.cli.doctor.NAMES", ("GroupQuantization",))
+    few = {"GroupQuantization": (kvcompress.GroupQuantization(8),)}
+    monkeypatch.setattr("kvcompress.cli.doctor.presets", lambda _: few)
     result = run("doctor", "--warm")
     assert result.exit_code == 0, result.stderr
     for dtype in ("float16", "bfloat16", "float32"):

@@ -31,7 +31,7 @@ from kvcompress.cross_layer.calibration import layer_groups
 from kvcompress.cross_layer.metric import DAMPED
 from kvcompress.cross_layer.parameters import store_basis
 from kvcompress.cross_layer.training import train_layer_groups
-from kvcompress.cross_layer.transform import BLOCK, largest_nbytes
+from kvcompress.cross_layer.transform import BLOCK
 from kvcompress.errors import (
     CalibrationError,
     CodingError,
@@ -90,7 +90,7 @@ def errors(original, restored):
     ]
 
 
-def test_everywhere(xp, parameters):
+def test_round_trip_in_every_library(xp, parameters):
     """In and out in the caller's library and dtype, close to what went in."""
     if xp.name == "jax-jit":
         pytest.skip("sizes follow from the data")
@@ -185,7 +185,15 @@ def test_bytes(parameters):
     exact = sum(x.nbytes for pair in part.exact for x in pair)
     assert compressed.nbytes == coded + exact == len(_bytes(compressed))
     assert compressed.original_nbytes == sum(2 * x.size for x in (*keys, *values))
-    assert coded <= largest_nbytes(parameters, 2 * 296)
+    method = CrossLayerTransform(parameters)
+    assert coded <= method.max_nbytes(0, 2, 296)
+    compressor = KVCacheCompressor(method, sinks=4)
+    bound = compressor.estimate_size([k.shape for k in keys], [v.shape for v in values])
+    assert compressed.nbytes <= bound
+    with pytest.raises(SettingError, match="one shape for every layer"):
+        compressor.estimate_size(keys[0].shape)
+    with pytest.raises(SettingError, match="layers"):
+        compressor.estimate_size([keys[0].shape])
     assert compressed.coded_bits_per_value == pytest.approx(
         8 * coded / (2 * 296 * GROUP.num_values)
     )
@@ -278,8 +286,8 @@ def test_positions(parameters):
     assert max(errors([k[:, :, 50:90] for k in shuffled[0]], part)) < 0.25
 
 
-def test_spans_of_different_tokens():
-    """Layers with a sliding window are a span of their own; they lost the sinks."""
+def test_groups_of_different_tokens():
+    """Layers with a sliding window are a group of their own; they lost the sinks."""
     shapes = GROUP.shapes
     full, sliding = LayerGroup((1,), shapes[1:2]), LayerGroup((0, 2), (shapes[0], shapes[2]))
     groups = []
@@ -296,7 +304,7 @@ def test_spans_of_different_tokens():
     assert max(errors([k0, k1, k2, v0, v1, v2], [*keys, *values])) < 0.25
 
 
-def test_layer_by_layer():
+def test_other_methods_code_layer_by_layer():
     """Every other method does the layers one by one."""
     keys, values = make(50, 3)
     keys[1], values[1] = keys[1][:, :, -20:], values[1][:, :, -20:]
@@ -311,13 +319,48 @@ def test_layer_by_layer():
     np.testing.assert_array_equal(restored[1][0], v[:, :, 3:9])
 
 
+def test_caches_move_between_libraries(xp, parameters):
+    """`CompressedCache.to` keeps every count, and what is restored."""
+    if xp.name == "jax-jit":
+        pytest.skip("sizes follow from the data")
+    keys, values = make(30, 12)
+    places = np.arange(30) + 3 * (np.arange(30) > 20)
+    for method in (CrossLayerTransform(parameters), GroupQuantization(4, 2)):
+        compressor = KVCacheCompressor(method, sinks=2, window=3)
+        compressed = compressor.compress_cache(keys, values, positions=places)
+        moved = compressed.to(xp.module)
+        for name in ("nbytes", "coded_nbytes", "original_nbytes", "num_values", "num_coded"):
+            assert getattr(moved, name) == getattr(compressed, name)
+        assert moved.bits_per_value == compressed.bits_per_value
+        assert moved.num_layers == compressed.num_layers == 3
+        assert str(moved.device) in repr(moved)
+        restored = compressor.decompress_cache(moved)
+        expected = compressor.decompress_cache(compressed)
+        for xs, ys in zip(restored, expected, strict=True):
+            for x, y in zip(xs, ys, strict=True):
+                assert xp.owns(x)
+                np.testing.assert_allclose(xp.numpy(x), y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.library("jax")
+def test_caches_are_pytrees():
+    """Where the parts are, so that a whole cache goes through ``jax.jit``."""
+    import jax
+
+    keys, values = ([jax.numpy.asarray(x) for x in xs] for xs in make(30, 12))
+    compressor = KVCacheCompressor(GroupQuantization(4, 2), sinks=2)
+    compressed = jax.jit(compressor.compress_cache)(keys, values)
+    again = jax.jit(compressor.decompress_cache)(compressed)
+    expected = compressor.decompress_cache(compressor.compress_cache(keys, values))
+    for xs, ys in zip(again, expected, strict=True):
+        for x, y in zip(xs, ys, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+
+
 def test_files(tmp_path, parameters):
-    parameters.save(tmp_path / "c")
-    assert (
-        CrossLayerParameters.load(tmp_path / "c")
-        == parameters
-        == pickle.loads(pickle.dumps(parameters))
-    )
+    method = CrossLayerTransform(parameters)
+    method.save(tmp_path / "c")
+    assert CrossLayerTransform.load(tmp_path / "c") == method == pickle.loads(pickle.dumps(method))
     calibration = CrossLayerCalibration((GROUP,), rows=256, skip=0)
     calibration.update(*make(400, 0))
     calibration.provenance = {"text": "x"}
@@ -332,12 +375,12 @@ def test_files(tmp_path, parameters):
     assert again.fingerprint == calibration.fingerprint
     with pytest.raises(UnknownLayer):
         again.update([], [])
-    for load in (CrossLayerCalibration.load, CrossLayerParameters.load):
+    for load in (CrossLayerCalibration.load, CrossLayerTransform.load):
         (tmp_path / "bad").write_bytes(b"no")
         with pytest.raises(CalibrationError):
             load(tmp_path / "bad")
     with pytest.raises(CalibrationError, match="format"):
-        CrossLayerParameters.load(tmp_path / "s")
+        CrossLayerTransform.load(tmp_path / "s")
 
 
 def test_files_of_ropes(tmp_path, parameters):
@@ -345,11 +388,11 @@ def test_files_of_ropes(tmp_path, parameters):
     long = LongRopeScaling((1.0, 2.0), (3.0, 4.0), 64)
     ropes = [RoPE(4, scaling=s) for s in (YarnScaling(4.0, 64), DynamicScaling(2.0, 64), long)]
     group = LayerGroup((0, 1, 2), tuple(LayerShape(1, 4, 2, rope) for rope in ropes))
-    replace(parameters, group=group).save(tmp_path / "c")
-    assert CrossLayerParameters.load(tmp_path / "c").group == group
+    CrossLayerTransform(replace(parameters, group=group)).save(tmp_path / "c")
+    assert CrossLayerTransform.load(tmp_path / "c").groups[0].group == group
 
 
-def test_spans_of_a_model():
+def test_layer_groups_of_a_model():
     """Layers with other windows hold other tokens; what is too wide is cut evenly."""
     shape = LayerShape(2, 4, 4)
     layers = {i: (shape, 8 if i % 3 else None) for i in range(9)}
@@ -379,7 +422,7 @@ def test_stored_bases(width, components, seed):
     np.testing.assert_allclose(np.linalg.norm(parameters.backward, axis=1), 1, rtol=1e-3)
 
 
-def test_other_codes_are_refused(statistics, parameters):
+def test_other_parameters_are_refused(statistics, parameters):
     keys, values = make(30, 4)
     compressed = KVCacheCompressor(CrossLayerTransform(parameters)).compress_cache(keys, values)
     other = train_layer_group(statistics, 2.0)
@@ -395,7 +438,7 @@ def test_other_codes_are_refused(statistics, parameters):
 
 
 @pytest.mark.parametrize("name", ["words", "lengths", "mean_words", "mean_lengths"])
-def test_damage_is_found(parameters, name):
+def test_damaged_payloads_are_found(parameters, name):
     keys, values = make(130, 6)
     compressor = KVCacheCompressor(CrossLayerTransform(parameters))
     compressed = compressor.compress_cache(keys, values)
@@ -529,7 +572,7 @@ def test_what_matters_is_kept_better():
     assert weighed[2] / weighed[3] < 0.7 * even[2] / even[3]
 
 
-def test_spans_share_one_step():
+def test_layer_groups_share_one_step():
     """Spans whose errors do more get more of the bits, so that the sum is what was asked for."""
     rng = np.random.default_rng(5)
     groups = [replace(GROUP, layers=layers) for layers in ((0, 1, 2), (3, 4, 5))]

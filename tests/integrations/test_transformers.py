@@ -441,7 +441,7 @@ def test_evaluate(directory, text, calibration, tmp_path):
     assert result.stderr == ""
     facts = json.loads(result.stdout)
     assert facts["dtype"] == "bfloat16"
-    assert facts["calibration"] == Calibration.load(calibration).fingerprint
+    assert facts["calibrations"] == {"TransformCoding": Calibration.load(calibration).fingerprint}
     (report,) = facts["texts"]
     assert report["text"] == text.name
     assert report["perplexity"] > 1
@@ -464,16 +464,19 @@ def test_evaluate(directory, text, calibration, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+METHOD = "--method", "CrossLayerTransform"
+
+
 @pytest.mark.parametrize("kind", [llama, gemma3], ids=lambda f: f.__name__)
-def test_spans(kind, text, tmp_path):
-    """Layers together, from the texts to the table; sliding windows make spans of their own."""
+def test_cross_layer_from_texts_to_table(kind, text, tmp_path):
+    """Layers together, from the texts to the table; sliding windows make groups of their own."""
     torch.manual_seed(0)
-    model, path = tmp_path / "model", tmp_path / "model.span"
+    model, path = tmp_path / "model", tmp_path / "model.cal"
     kind().save_pretrained(model)
     make_tokenizer(bos=True).save_pretrained(model)
     for tokens in (300, 1280):
         result = run(
-            *("calibrate", model, "--text", text, "-o", path, "--span", "model"),
+            *("calibrate", model, "--text", text, "-o", path, *METHOD),
             *("--length", 64, "--tokens", tokens),
         )
         assert result.exit_code == 0, result.output
@@ -487,17 +490,17 @@ def test_spans(kind, text, tmp_path):
     k = capture(lm, lm.chunks(text.read_text(), 64)[0])[0][0]
     assert known.statistics[0].group.shapes[0].heads == k.shape[1]
     result = run(
-        *("evaluate", model, "--text", text, "--spans", path, *EVALUATE),
+        *("evaluate", model, "--text", text, "--calibration", path, *EVALUATE),
         *("--methods", "CrossLayerTransform", "--bits", "0.5,2,4", "--json"),
     )
     assert result.exit_code == 0, result.output
     facts = json.loads(result.stdout)
-    assert facts["spans"] == known.fingerprint
+    assert facts["calibrations"] == {"CrossLayerTransform": known.fingerprint}
     coarse, fine = facts["texts"][0]["results"]
     assert (coarse["bits"], fine["bits"]) == (0.5, 2)
     assert fine["kl_mean"] < coarse["kl_mean"] / 2
     assert coarse["coded_bits_per_value"] + 1 < fine["coded_bits_per_value"]
-    assert "needs --spans" in error(
+    assert "needs a --calibration" in error(
         "evaluate", model, "--text", text, *EVALUATE, "--methods", "CrossLayerTransform"
     )
 
