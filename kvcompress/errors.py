@@ -20,7 +20,7 @@ class DTypeError(KVCompressError, TypeError):
 
 
 class NamespaceError(KVCompressError, TypeError):
-    """An argument is no array of a known library, or arrays of two libraries were mixed."""
+    """An argument is not an array of a known library, or two libraries were mixed."""
 
 
 class NonFiniteError(KVCompressError, ValueError):
@@ -36,11 +36,11 @@ class LayoutError(KVCompressError, ValueError):
 
 
 class CalibrationError(KVCompressError, ValueError):
-    """A calibration is missing, too small, not the one asked for, or its file is damaged."""
+    """A calibration is missing, too small, or not the one needed, or a file is damaged."""
 
 
 class CodingError(KVCompressError, ValueError):
-    """What was entropy-coded is damaged: it cannot be decoded."""
+    """An entropy-coded payload is damaged and cannot be decoded."""
 
 
 class UnsupportedModel(KVCompressError, TypeError):

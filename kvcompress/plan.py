@@ -133,7 +133,7 @@ class Plan(Mapping[int, KVCacheCompressor]):
         Raises
         ------
         CalibrationError
-            If it is no such file.
+            If it is not such a file.
         """
         arrays, facts = load_arrays(path, form=FORMAT, kind="a plan")
         known = unflatten(arrays)

@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def heads(lm, calibration) -> list[dict]:
-    """`TransformCoding` with spans of a head: bits and KL on every text."""
+    """`TransformCoding` of single heads: bits and KL on every text."""
     options = {"sinks": 4, "window": 128}
     rows = []
     for bits in (1.5, 2, 3, 4):
@@ -173,7 +173,7 @@ def components(codes) -> None:
 
 
 def curves(head, layers, model) -> None:
-    """Draw KL against bits for spans of a head, of a layer, of the model."""
+    """Draw KL against bits where a head, a layer, or the model is coded together."""
     figure = Figure(figsize=(12.8, 4), layout="constrained")
     panels = figure.subplots(1, len(TEXTS), sharey=True)
     for i, axes in enumerate(panels):
@@ -215,7 +215,7 @@ def points(facts: dict, text: int, method: str) -> list[tuple[float, float]]:
 
 
 def equal_quality(layers: dict, model: dict) -> str:
-    """Bits of every method at the KL of `CrossLayerTransform`, as a table; interpolated in logarithms."""
+    """Table of the bits of every method at the KL of `CrossLayerTransform`, interpolated."""
     others = ("TransformCoding", "RotatedQuantization", "GroupQuantization")
     lines = [
         "text | KL | CrossLayerTransform | " + " | ".join(others) + " | fewer",

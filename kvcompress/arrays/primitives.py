@@ -44,7 +44,7 @@ def map_matrices(function: Callable[[Array], Any], stack: Array) -> Any:
 
     On processors, JAX hands out the matrices of a stack to the threads of a pool, on one of which
     it waits for the others: as many stacks at a time as there are threads, keys and values on two
-    cores, would wait for ever. One matrix at a time waits for nobody.
+    cores, would wait for ever. One matrix at a time does not wait.
     """
     xp = compat.array_namespace(stack)
     alone = compat.is_jax_namespace(xp) and on_cpu(stack)

@@ -198,7 +198,7 @@ class Calibration:
         Raises
         ------
         CalibrationError
-            If it is no such file.
+            If it is not such a file.
         """
         arrays, facts = load_arrays(path, form=FORMAT, kind="a calibration")
         layers = unflatten(arrays)

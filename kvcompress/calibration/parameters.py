@@ -13,7 +13,7 @@ from kvcompress.arrays import HostArray, digest
 class RoleParameters:
     """What codes the keys, or the unit values, of one layer; float32 NumPy arrays on the host.
 
-    What is coded together is a unit: a head, or all heads side by side.
+    A unit is what is coded together: a head, or all heads of the layer side by side.
 
     Attributes
     ----------

@@ -78,7 +78,7 @@ def _covariance(joint: HostArray, heads: int, scope: Scope) -> HostArray:
 
 
 def rates(distortion: HostArray, level: float) -> HostArray:
-    """Bits every coefficient deserves at a water level: ``log2(distortion / level) / 2``, 0 to 8."""
+    """Bits for every coefficient at a water level: ``log2(distortion / level) / 2``, 0 to 8."""
     return np.clip(np.log2(distortion / level) / 2, 0.0, 8.0)  # a byte is all that one can get
 
 
@@ -94,7 +94,7 @@ def water_level(distortions: list[HostArray], bits: float) -> float:
 
 
 def code_bytes(statistics: LayerStatistics, bits: float, scope: Scope) -> tuple[int, int]:
-    """Bytes of code that a unit spends on the keys and on the values of a token.
+    """Bytes that the codes of a unit take on the keys and on the values of a token.
 
     Together with the bytes of the values' norms they come to `bits` per value.
     """
@@ -124,7 +124,7 @@ def train(statistics: LayerStatistics, bits: float, scope: Scope) -> LayerParame
 
 
 def train_role(bases: Bases, rows: HostArray, count: int) -> RoleParameters:
-    """Train the code of `count` bytes per unit and token of one role.
+    """Train what codes one role in `count` bytes per unit and token.
 
     Parameters
     ----------

@@ -62,7 +62,7 @@ def load(path: Path) -> list[Layer]:
         raise InputError(f"{path}: {error.message}") from error
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from error
-    except Exception as error:  # what parsers raise on a corrupt file is anybody's guess
+    except Exception as error:  # parsers raise many kinds of errors on a corrupt file
         raise InputError(f"{path}: not a readable {path.suffix} file: {error}") from error
     return layers
 
@@ -117,7 +117,7 @@ def _layers(arrays: Mapping[str, HostArray]) -> list[Layer]:
 
 def _check(name: str, x: HostArray) -> None:
     if dtype_name(x.dtype) not in FLOATING:
-        raise InputError(f"{name} must be {_ACCEPTED}, got {x.dtype}; cast it knowingly first")
+        raise InputError(f"{name} must be {_ACCEPTED}, got {x.dtype}; convert it first")
     if x.ndim not in (3, 4):
         raise InputError(f"{name} must be [heads, seq, dim] or [batch, ...], got shape {x.shape}")
     if x.size == 0:

@@ -100,7 +100,7 @@ class _Program:
 
 
 class _Torch(Library):
-    """PyTorch on the CPU: eager; nobody counts its memory."""
+    """PyTorch on the CPU: eager; the memory that a call takes is not known."""
 
     module = "torch"
 

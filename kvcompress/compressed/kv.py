@@ -161,7 +161,7 @@ class CompressedKV(Sizes):
         Raises
         ------
         NamespaceError
-            If `library` is no array library.
+            If `library` is not an array library.
         DTypeError
             If the library lacks a dtype that is needed.
         """

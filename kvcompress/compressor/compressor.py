@@ -153,8 +153,8 @@ class KVCacheCompressor:
     ) -> CompressedCache:
         """Compress the keys and values of all layers of a cache.
 
-        A `CacheMethod` compresses the layers of a group together, a `Method` one by one. Layers that
-        no longer hold the first tokens keep no sinks.
+        A `CacheMethod` compresses the layers of a group together, a `Method` one by one. Layers
+        that no longer hold the first tokens keep no sinks.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""`CrossLayerCalibration`: the statistics of all layer groups of a model, and the codes trained on them."""
+"""`CrossLayerCalibration`: statistics of the layer groups of a model, and training on them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kvcompress.files import flatten, load_arrays, save_arrays, unflatten
 FORMAT = "kvcompress.cross-layer-calibration.3"
 
 MAX_WIDTH = 12288
-"""Numbers of a token in one layer group, where nothing else is said: 600 MB of covariance."""
+"""Default for the most numbers of a token in one layer group: 600 MB of covariance."""
 
 
 def layer_groups(
@@ -32,7 +32,7 @@ def layer_groups(
     layers : mapping of layer to a `LayerShape` and a hashable
         Layers with equal hashables, such as their windows, hold the same tokens.
     max_width : int
-        Where more would be in one layer group, neighbouring layers make several of about equal width.
+        Layers that together are wider make several groups of neighbours, of about equal width.
 
     Returns
     -------
@@ -141,7 +141,7 @@ class CrossLayerCalibration:
         self._bases.clear()
 
     def train(self, bits: float, /) -> CrossLayerTransform:
-        """Train the parameters of all layer groups to spend `bits` per value together: see `train_layer_groups`.
+        """Train all layer groups to spend `bits` per value together; see `train_layer_groups`.
 
         Parameters
         ----------
@@ -170,7 +170,7 @@ class CrossLayerCalibration:
         Raises
         ------
         CalibrationError
-            If it is no such file.
+            If it is not such a file.
         """
         kind = "a calibration of layer groups"
         arrays, facts = load_arrays(path, form=FORMAT, kind=kind)

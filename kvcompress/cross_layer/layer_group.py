@@ -20,7 +20,7 @@ _LN2 = 0.6931471805599453
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What a layer group must know of one of its layers.
+    """Sizes and rotary embedding of one layer of a `LayerGroup`.
 
     Parameters
     ----------
@@ -227,7 +227,7 @@ class LayerGroup:
         layer: int,
         seq_len: int | None = None,
     ) -> tuple[Array, Array]:
-        """Keys and values ``[batch, heads, tokens, dim]``, float32, of one layer of the layer group.
+        """Keys and values ``[batch, heads, tokens, dim]``, float32, of one layer of the group.
 
         Parameters
         ----------

@@ -1,4 +1,4 @@
-"""Means of sequences: what all tokens have in common, kept better than any of them."""
+"""Means of sequences, kept with finer steps than the tokens."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MEAN_FROM = 128
 """Tokens of a sequence from which their mean is kept beside them."""
 
 _FAR = 16.0
-"""Power, over the median, of rows that are not like others."""
+"""Power, over the median, from which rows are left out of the mean."""
 
 _LARGEST_MEAN, _LARGEST_SHIFT = 2.0**14, 16
 """Of means in steps, and of the binary logarithms of what they are multiplied by."""
 
 
 def mean_of(tables: Forward, blocks: Iterator[Array]) -> HostArray:
-    """Mean of rows, weighed; but for those far larger than usual among the first: another kind."""
+    """Mean of rows, weighed, without those far larger than usual, such as attention sinks."""
     total, count, most = np.zeros(1), 0, -1.0
     for rows in blocks:
         block, kept, most = _sum(weighed(tables, rows), most)
@@ -36,7 +36,7 @@ def mean_of(tables: Forward, blocks: Iterator[Array]) -> HostArray:
 
 
 def _sum(z: Array, most: float) -> tuple[HostArray, int, float]:
-    """Sum of rows of at most so much power, their number, and that power: usual if negative."""
+    """Sum and number of the rows of at most a power, and that power: chosen here if negative."""
     xp = array_namespace(z)
     power = to_host(xp.vecdot(z, z))
     if most < 0:
@@ -73,12 +73,12 @@ def decode_means(parameters: CrossLayerParameters, host: Mapping[str, HostArray]
     width = parameters.group.width
     words, lengths = unpack(host, "mean_")
     if len(host["means"]) != bool(lengths.size) or lengths.size % LANES:
-        raise CodingError(f"{lengths.size} lanes cannot be those of means: damaged?")
+        raise CodingError(f"{lengths.size} lanes cannot be those of means; the payload is damaged")
     if not lengths.size:
         return np.zeros((0, width), np.float32)
     shift, usual = host["means"][0].tolist()
     if shift > _LARGEST_SHIFT or usual >= CLASSES:
-        raise CodingError(f"means have shift {shift} and class {usual}: damaged?")
+        raise CodingError(f"means have shift {shift} and class {usual}; the payload is damaged")
     coder = Decoder(words, lengths)
     steps = -(-width // LANES)
     q = parameters.model.pull(coder, np.full(steps, usual, np.uint8), lengths.size)

@@ -11,14 +11,14 @@ from kvcompress.arrays import Array, HostArray, array_namespace
 from kvcompress.cross_layer.layer_group import LayerGroup
 
 NOISE = 0.05
-"""Share of the weights off the diagonal that is taken for noise."""
+"""Share by which weights off the diagonal are reduced, as noise."""
 
 DAMPED = 0.7
-"""Power of the weights of layers and layer groups, one over the other: they differ by factors of hundreds,
-between texts too."""
+"""Power to which the relative weights of layers and groups are raised: they differ by factors of
+hundreds, between texts too."""
 
 LEAST = 1e-3
-"""Least weight, over the mean of a head: what no query reads may be read by one to come."""
+"""Least weight, over the mean of a head: a later query may read what none has read so far."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,8 +92,7 @@ def weigh_layer(rows: Array, matrices: Sequence[Array]) -> Array:
 def metric_of(group: LayerGroup, moments: HostArray | None) -> Metric:
     """Metric of second moments of gradients, float64, as many as `matrix_numbers`.
 
-    Without moments, errors of all keys count
-    alike, as do relative ones of all values.
+    Without moments, errors of all keys count alike, as do relative ones of all values.
     """
     if moments is None:
         ones = [

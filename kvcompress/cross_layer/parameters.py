@@ -1,4 +1,4 @@
-"""What codes the layers of a layer group: one basis and the tables of an entropy coder, trained once."""
+"""What a layer group is coded with: a basis and the tables of an entropy coder, trained once."""
 
 from __future__ import annotations
 
@@ -53,10 +53,9 @@ class CrossLayerParameters:
     classes : array ``[components]``, uint8
         Of every component; see `ContextModel`.
     residual_classes : array ``[width]``, uint8
-        Of what the components leave of every number, in steps, for tokens of which they leave too
-        much.
+        Of the residuals of every number, in steps, for tokens whose residuals are coded.
     limit : array ``[1]``, float32
-        Squared error, in steps, beyond which the rest of a token is coded too.
+        Squared error, in steps, beyond which the residual of a token is coded too.
     rounding : array ``[CLASSES]``, float32
         Magnitude, above a whole number, from which coefficients of a class are rounded up.
     centres : array ``[2, CLASSES]``, float32
@@ -93,7 +92,7 @@ class CrossLayerParameters:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the arrays: what a machine needs to have of the model to restore its caches."""
+        """Bytes of the arrays, which every machine that restores caches needs."""
         return sum(x.nbytes for x in self.arrays.values())
 
     @property
@@ -113,7 +112,7 @@ class CrossLayerParameters:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the layer group and all arrays, in hexadecimal: who has the same decodes the same."""
+        """SHA-256 of the layer group and all arrays, in hexadecimal."""
         group = json.dumps(self.group.to_dict(), sort_keys=True).encode()
         return digest({**self.arrays, "group": np.frombuffer(group, np.uint8)})
 
@@ -150,7 +149,8 @@ class CrossLayerParameters:
     def __repr__(self) -> str:
         return (
             f"CrossLayerParameters({len(self.group.layers)} layers, {self.bits:g} bits, "
-            f"{self.components} of {self.group.width} components, {self.nbytes:,} bytes, {self.fingerprint[:12]})"
+            f"{self.components} of {self.group.width} components, {self.nbytes:,} bytes, "
+            f"{self.fingerprint[:12]})"
         )
 
     @property

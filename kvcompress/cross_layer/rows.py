@@ -1,4 +1,4 @@
-"""Rows of tokens as words: levels, coefficients, and what these leave where that is much."""
+"""Rows of tokens as words: levels, coefficients, and residuals where these are large."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from kvcompress.entropy.rans import TOTAL, Decoder, Encoder
 from kvcompress.entropy.streams import LANES, from_lanes, to_lanes
 from kvcompress.errors import CodingError
 
-_PLAIN, _REST, _RAW = range(3)
-"""What a token has: coefficients; what they leave, too; or its row as it is, float32."""
+_PLAIN, _RESIDUAL, _RAW = range(3)
+"""What a token has: coefficients; residuals, too; or its row as it is, float32."""
 
 _STARTS = np.array([0, TOTAL - 96, TOTAL - 32])
 
@@ -43,7 +43,7 @@ def encode_rows(tables: Forward, rows: Array, mean: Array | float) -> tuple[Host
 def _quantize(
     tables: Forward, rows: Array, mean: Array | float
 ) -> tuple[HostArray, HostArray, HostArray, dict[int, HostArray]]:
-    """Coefficients ``[components, rows]``, levels and modes of rows, and words of their rests."""
+    """Coefficients ``[components, rows]``, levels and modes of rows, and words of residuals."""
     xp, back, where = array_namespace(rows), tables.backward, device(rows)
     parameters = back.parameters
     z = weighed(tables, rows) - mean
@@ -64,14 +64,14 @@ def _quantize(
     tail: dict[int, HostArray] = {}
     if near.size:
         index = xp.asarray(near, device=where)
-        rest = xp.take(z, index, axis=0) * xp.take(factors, index, axis=0)
-        rest = rest - xp.take(restored, index, axis=0) @ back.matrix
-        far = np.flatnonzero(to_host(xp.vecdot(rest, rest)) > parameters.limit[0])
-        rest = xp.take(rest, xp.asarray(far, device=where), axis=0)
-        words = _rest_words(parameters, xp.round(rest))
+        residual = xp.take(z, index, axis=0) * xp.take(factors, index, axis=0)
+        residual = residual - xp.take(restored, index, axis=0) @ back.matrix
+        far = np.flatnonzero(to_host(xp.vecdot(residual, residual)) > parameters.limit[0])
+        residual = xp.take(residual, xp.asarray(far, device=where), axis=0)
+        words = _residual_words(parameters, xp.round(residual))
         tail = dict(zip(near[far].tolist(), words, strict=True))
         for row, more in tail.items():
-            mode[row] = _RAW if more.size > 2 * parameters.group.width else _REST
+            mode[row] = _RAW if more.size > 2 * parameters.group.width else _RESIDUAL
     raw = np.flatnonzero(mode == _RAW)
     host = np.ascontiguousarray(to_host(astype(q, "int32")).T)
     if raw.size:
@@ -81,14 +81,14 @@ def _quantize(
     return host, levels, mode, tail
 
 
-def _rest_words(parameters: CrossLayerParameters, rest: Array) -> list[HostArray]:
-    """Words of what coefficients leave of rows: lengths of their lanes, and these."""
-    count = rest.shape[0]
+def _residual_words(parameters: CrossLayerParameters, residual: Array) -> list[HostArray]:
+    """Words of residuals of rows: lengths of their lanes, then the words of these."""
+    count = residual.shape[0]
     if not count:
         return []
     coder = Encoder(count * LANES)
     classes = np.broadcast_to(parameters.residual_classes, (count, parameters.group.width))
-    parameters.model.push(coder, to_lanes(to_host(astype(rest, "int32"))), to_lanes(classes))
+    parameters.model.push(coder, to_lanes(to_host(astype(residual, "int32"))), to_lanes(classes))
     words, lengths = coder.finish()
     of_rows = lengths.reshape(count, LANES).astype(np.uint16)
     pieces = np.split(words, np.cumsum(of_rows.sum(1, dtype=np.int64))[:-1])
@@ -124,14 +124,16 @@ def decode_rows(
     restored = _magnitudes(xp.asarray(host, device=where), centres)
     restored = restored * xp.asarray(_factors(-levels), device=where)
     more, kept = np.zeros((2, *((count, width) if special.size else (0, 0))), np.float32)
-    far = special[mode[special] == _REST]
+    far = special[mode[special] == _RESIDUAL]
     if far.size:
-        pieces = [words for row, words in zip(special, tail, strict=True) if mode[row] == _REST]
-        more[far] = _pull_rest(parameters, pieces) * _factors(-levels[far])
+        pieces = [words for row, words in zip(special, tail, strict=True) if mode[row] == _RESIDUAL]
+        more[far] = _pull_residual(parameters, pieces) * _factors(-levels[far])
     for row, words in zip(special, tail, strict=True):
         if mode[row] == _RAW:
             if words.size != 2 * width:
-                raise CodingError(f"a row has {words.size} words, not {2 * width}: damaged?")
+                raise CodingError(
+                    f"a row has {words.size} words, not {2 * width}; the payload is damaged"
+                )
             kept[row] = np.ascontiguousarray(words).view("<f4")
     parts = []
     for layer in layers:
@@ -147,11 +149,11 @@ def decode_rows(
     return parts
 
 
-def _pull_rest(parameters: CrossLayerParameters, pieces: Sequence[HostArray]) -> HostArray:
-    """Undo `_rest_words`."""
+def _pull_residual(parameters: CrossLayerParameters, pieces: Sequence[HostArray]) -> HostArray:
+    """Undo `_residual_words`."""
     lengths = np.concatenate([piece[:LANES] for piece in pieces]).astype(np.int64)
     if lengths.size != len(pieces) * LANES:
-        raise CodingError("the rest of a row is too short: damaged?")
+        raise CodingError("the residual of a row is too short; the payload is damaged")
     classes = np.broadcast_to(parameters.residual_classes, (len(pieces), parameters.group.width))
     coder = Decoder(np.concatenate([piece[LANES:] for piece in pieces]), lengths)
     q = parameters.model.pull(coder, to_lanes(classes), lengths.size)

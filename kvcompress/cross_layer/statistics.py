@@ -1,4 +1,4 @@
-"""The joint covariance of layers taken together, and more that a parameters is trained on."""
+"""The joint covariance of the layers of a group, and what else their parameters are trained on."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from kvcompress.errors import (
 )
 
 _LEAST = 256
-"""Tokens without which there is nothing to train on."""
+"""Least number of tokens to train on."""
 
 ROWS = 512
-"""Tokens kept to train tables on, where nothing else is said: a million coefficients."""
+"""Default for the tokens kept to train tables on: a million coefficients."""
 
 _ENOUGH = 4
-"""Tokens over those of the sample from which the sample is held out."""
+"""The sample is held out of the covariance if there are so many times as many tokens."""
 
 _FAINT, _FAINTEST = 2.0**-6, 2.0**-20
 """Least energy of the gradients of a token, over the mean: in directions, and in logarithms."""
@@ -81,7 +81,7 @@ class LayerGroupStatistics:
             Of the log-likelihood, to the model itself, of tokens drawn by it that read this cache:
             their squares are the Fisher information, which says how far the model's predictions
             move with an error (Martens 2014, arXiv 1412.1193). Tokens whose gradients are all zero
-            tell nothing, and are left out. Without, all numbers count alike.
+            are left out. Without gradients, all numbers count alike.
         positions : integer array ``[tokens]``, optional
             0, 1, 2, ... if left out.
 
@@ -169,7 +169,7 @@ class LayerGroupStatistics:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """All that is no array, as JSON can carry it."""
+        """All that is not an array, as JSON can carry it."""
         return {
             "group": self.group.to_dict(),
             "settings": {"rows": self.rows, "skip": self.skip, "seed": self.seed},

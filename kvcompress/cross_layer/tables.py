@@ -1,4 +1,4 @@
-"""What a parameters is on a device: matrices that take rows to coefficients and back."""
+"""Parameters on a device: matrices that take rows to coefficients and back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CLIPPED = 2.0**50
 
 @dataclass(frozen=True, eq=False)
 class Forward:
-    """What takes rows to coefficients, on the device, and back to see what is left."""
+    """What takes rows to coefficients, on the device, and back to find the residual."""
 
     mean: Array
     metric: Sequence[Sequence[Array]]
@@ -40,7 +40,7 @@ class Backward:
 
 @lru_cache(maxsize=8)
 def backward_tables(parameters: CrossLayerParameters, xp: Namespace, where: Any) -> Backward:
-    """Tables of a code on a device, to restore rows."""
+    """Tables of parameters on a device, to restore rows."""
 
     def move(x: HostArray) -> Array:
         return xp.asarray(x, device=where)
@@ -56,7 +56,7 @@ def backward_tables(parameters: CrossLayerParameters, xp: Namespace, where: Any)
 
 @lru_cache(maxsize=8)
 def forward_tables(parameters: CrossLayerParameters, xp: Namespace, where: Any) -> Forward:
-    """Tables of a code on a device, to encode rows."""
+    """Tables of parameters on a device, to encode rows."""
 
     def move(x: HostArray) -> Array:
         return xp.asarray(x, device=where)

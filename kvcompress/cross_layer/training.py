@@ -29,25 +29,25 @@ LAGRANGE = 0.06
 it is ``ln(2) / 6``; half of it, because thresholds lie in the middle."""
 
 SHARE = 0.5
-"""Components of a basis over the width of the layer group, where nothing else is said."""
+"""Default for the components of a basis, over the width of the layer group."""
 
 NARROW = 4096
-"""Width of layer groups up to which all components are kept, where nothing else is said."""
+"""Width of layer groups up to which all components are kept by default."""
 
 LEAST = 0.2
 """Root mean square, in steps, of the components that are kept."""
 
 LIMIT = 12.0
-"""Squared error of a token, over the mean, from which its rest is coded too."""
+"""Squared error of a token, over the mean, from which its residual is coded too."""
 
 TOLERANCE = 0.01
-"""How far the bits of a code may be from those asked for, as a binary logarithm."""
+"""How far the bits may be from those asked for, as a binary logarithm."""
 
-FORESEEN = 256
-"""Components from which the importance of a token is foretold."""
+IMPORTANT = 256
+"""Components from which the importance of a token is predicted."""
 
 _RIDGE = 300
-"""Tokens without importance that are added to those from which that is learned."""
+"""Ridge of the regression of the importance, in tokens."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,8 @@ def fit_basis(
     ----------
     statistics : LayerGroupStatistics
     components : int, optional
-        At most the width of the layer group. If left out, all of a narrow layer group, and half of a wide one.
+        At most the width of the layer group. If left out, all of a narrow group, and half of a
+        wide one.
     """
     width, metric = statistics.group.width, statistics.metric
     if components is None:
@@ -115,7 +116,7 @@ def fit_basis(
         metric,
         vectors,
         variances,
-        _importance(statistics, metric, vectors[:, :FORESEEN], variances[:FORESEEN]),
+        _importance(statistics, metric, vectors[:, :IMPORTANT], variances[:IMPORTANT]),
     )
 
 
@@ -130,7 +131,7 @@ def _importance(
 
 
 def _conditioned(x: HostArray) -> HostArray:
-    """Other columns of about the same layer group, far from dependent; much faster than orthonormal ones.
+    """Return well-conditioned columns of about the same span, faster than orthonormal ones.
 
     One step of shifted Cholesky: Fukaya et al. 2020, arXiv 1809.11085.
     """
@@ -144,7 +145,7 @@ def _conditioned(x: HostArray) -> HostArray:
 def train_layer_group(
     statistics: LayerGroupStatistics, bits: float, /, *, basis: LayerGroupBasis | None = None
 ) -> CrossLayerParameters:
-    """Train the parameters of a layer group to spend `bits` per value on tokens like those it was given.
+    """Train a layer group to spend `bits` per value on tokens like those of its statistics.
 
     Parameters
     ----------
@@ -170,7 +171,7 @@ def train_layer_groups(
 ) -> tuple[CrossLayerParameters, ...]:
     """Train the parameters of layer groups to spend `bits` per value together.
 
-    One step for all: a bit then saves as much distortion in one layer group as in another.
+    All have one step: a bit then saves as much distortion in one group as in another.
 
     Parameters
     ----------
@@ -289,9 +290,9 @@ def _code(group: LayerGroup, bits: float, sample: _Sample, trial: _Trial) -> Cro
     vectors = basis.vectors[:, :used].T
     centres = _centres(q, y, classes)
     restored = restore_magnitudes(q, classes, centres)
-    rest = rows / np.float32(trial.step) - restored.T @ vectors
-    sizes = np.sqrt(np.mean(np.square(rest), axis=0, dtype=np.float64))
-    error = float(np.mean(np.sum(np.square(rest), axis=1, dtype=np.float64)))
+    residual = rows / np.float32(trial.step) - restored.T @ vectors
+    sizes = np.sqrt(np.mean(np.square(residual), axis=0, dtype=np.float64))
+    error = float(np.mean(np.sum(np.square(residual), axis=1, dtype=np.float64)))
     importance = basis.importance[:used] * np.float32(trial.step)
     return CrossLayerParameters(
         group=group,

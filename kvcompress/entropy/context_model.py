@@ -1,8 +1,8 @@
 """How likely coefficients are, in integer tables, and their entropy coding; on the host.
 
 Coefficients of about the same size share a class, which has a table of frequencies. The class of a
-coefficient is that of its component, moved by what the components of the same token before it
-turned out to be: a token that no calibration foresaw pays for its first few alone.
+coefficient is that of its component, moved by the magnitudes of the components of the same token
+before it: tokens unlike those of the calibration cost more bits for their first components only.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ LOW_BITS = np.maximum(0, (np.arange(CLASSES) // OCTAVE + SMALLEST - 2)).astype(n
 """Bits of the coefficients of every class that are as good as random, and coded as such."""
 
 _PRIOR = 30
-"""Coefficients that a table would rather have seen, of a Laplace distribution."""
+"""Weight, in coefficients, of the Laplace distribution that tables start from."""
 
 _RAW = (11, 11, 11)
 """Bits to each step of what has no symbol: 32, and its sign."""
@@ -174,7 +174,7 @@ class ContextModel:
     def _walk(
         self, visit: Callable[[int, HostArray], HostArray], classes: HostArray, seen: HostArray
     ) -> HostArray:
-        """Rows that `visit` returns for every component and the classes of its coefficients."""
+        """Return what `visit` returns for every component and the classes of its numbers."""
         tokens = seen.size
         rows = np.empty((len(classes), tokens), np.int32)
         expected = np.full(tokens, _SCALE)
@@ -213,10 +213,10 @@ class ContextModel:
 
 def _push_raw(coder: Encoder, high: HostArray, escaped: HostArray) -> None:
     """Code what has no symbol, where `escaped`."""
-    rest = high.astype(np.int64) + (1 << 32)
+    value = high.astype(np.int64) + (1 << 32)
     for bits in _RAW:
-        coder.push_bits(rest & ((1 << bits) - 1), np.where(escaped, bits, 0))
-        rest >>= bits
+        coder.push_bits(value & ((1 << bits) - 1), np.where(escaped, bits, 0))
+        value >>= bits
 
 
 def _pull_raw(coder: Decoder, escaped: HostArray) -> HostArray:
@@ -227,7 +227,7 @@ def _pull_raw(coder: Decoder, escaped: HostArray) -> HostArray:
         place += bits
     high = value - (1 << 32)
     if np.any(np.abs(high[escaped]) > 2**31 - 1):
-        raise CodingError("a coefficient exceeds 32 bits: damaged?")
+        raise CodingError("a coefficient exceeds 32 bits; the payload is damaged")
     return high.astype(np.int32)
 
 
@@ -241,7 +241,7 @@ def classes_of(sizes: HostArray) -> HostArray:
 def token_levels(importance: HostArray) -> HostArray:
     """Levels of tokens, int64, from binary logarithms of their importance.
 
-    As damage is the importance times the square of the step, steps follow its root.
+    The distortion is the importance times the square of the step: steps follow its root.
     """
     levels: HostArray = np.clip(np.rint(importance * (OCTAVE / 2)), -REACH, REACH).astype(np.int64)
     return levels
@@ -257,7 +257,7 @@ def level_frequencies(levels: HostArray) -> HostArray:
 
 
 def _starts(levels: HostArray | None, tokens: int) -> HostArray:
-    """What is to be expected of tokens at the beginning: of those of finer steps, more."""
+    """Magnitudes expected of tokens at first: larger for tokens of finer steps."""
     if levels is None:
         return np.full(tokens, _SCALE)
     octave, quarter = np.divmod(levels, OCTAVE)

@@ -86,7 +86,7 @@ class Decoder:
     def __init__(self, words: HostArray, lengths: HostArray) -> None:
         if int(lengths.sum()) != words.size or int(lengths.min(initial=2)) < 2:
             raise CodingError(
-                f"{words.size} words cannot be those of {lengths.size} tokens: damaged?"
+                f"{words.size} words are not those of {lengths.size} tokens; the payload is damaged"
             )
         self._words = np.append(words, np.uint16(0))  # one to look at past the end
         self._end = np.cumsum(lengths)
@@ -123,12 +123,14 @@ class Decoder:
         Raises
         ------
         CodingError
-            If words are left over or missing, or states are not the first: the words are damaged.
+            If words are left over or missing, or a final state is not the initial one.
         """
         left = self._end - self._next
         wanted = np.zeros(0, np.int64) if lanes is None else lanes
-        rest = [self._words[self._next[i] : self._end[i]] for i in wanted]
+        left_over = [self._words[self._next[i] : self._end[i]] for i in wanted]
         left[wanted] = 0
         if np.any(left) or np.any(self._state != _LOW):
-            raise CodingError("the words of a token do not end where it ends: damaged?")
-        return rest
+            raise CodingError(
+                "the words of a token do not end with the token; the payload is damaged"
+            )
+        return left_over

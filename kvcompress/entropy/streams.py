@@ -28,11 +28,15 @@ def unpack(host: Mapping[str, HostArray], prefix: str = "") -> tuple[HostArray, 
     sizes, packed = host[f"{prefix}lengths"], host[f"{prefix}words"]
     width = sizes.shape[-1]
     if width not in (2, 4) or packed.size % 2:
-        raise CodingError("lengths and words of a payload have impossible sizes: damaged?")
+        raise CodingError(
+            "lengths and words of a payload have impossible sizes; the payload is damaged"
+        )
     lengths = np.ascontiguousarray(sizes).view(f"<u{width}")[:, 0].astype(np.int64)
     words = np.ascontiguousarray(packed).view("<u2")
     if int(lengths.sum()) != words.size:
-        raise CodingError(f"lengths of lanes do not sum to the {words.size} words: damaged?")
+        raise CodingError(
+            f"lengths of lanes do not sum to the {words.size} words; the payload is damaged"
+        )
     return words, lengths
 
 

@@ -146,7 +146,7 @@ class CacheMethod(ABC):
         Raises
         ------
         CalibrationError
-            If it is no such file.
+            If it is not such a file.
         """
 
     def find(self, fingerprint: str) -> int:

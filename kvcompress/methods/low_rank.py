@@ -37,7 +37,7 @@ class LowRank(Method):
     Raises
     ------
     SettingError
-        If `rank` is no positive integer.
+        If `rank` is not a positive integer.
     """
 
     identifier = "LowRank"

@@ -44,7 +44,7 @@ class RoPE:
     Raises
     ------
     SettingError
-        If `dim` is no positive even integer, `theta` no finite number of at least 1, `head_dim`
+        If `dim` is not a positive even integer, `theta` not a finite number of at least 1, `head_dim`
         less than `dim`, or the scaling does not fit them.
     """
 

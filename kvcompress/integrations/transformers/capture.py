@@ -43,7 +43,7 @@ def capture(lm: LanguageModel, tokens: HostArray, /) -> dict[int, tuple[Tensor, 
 
 
 def layer_shapes(lm: LanguageModel, /) -> dict[int, tuple[LayerShape, int | None]]:
-    """What spans must know of the layers that have a cache, and their sliding windows, if any.
+    """Shapes and rotary embeddings of the layers that have a cache, and their sliding windows.
 
     Returns
     -------
