@@ -44,8 +44,8 @@ class RoPE:
     Raises
     ------
     SettingError
-        If `dim` is not a positive even integer, `theta` not a finite number of at least 1, `head_dim`
-        less than `dim`, or the scaling does not fit them.
+        If `dim` is not a positive even integer, `theta` not a finite number of at least 1,
+        `head_dim` less than `dim`, or the scaling does not fit them.
     """
 
     dim: int
