@@ -1,4 +1,4 @@
-"""Pictures, times and the comparison of docs/cross-layer.md.
+"""Pictures, times and the comparison at equal quality of docs/cross-layer.md.
 
 After ``python benchmarks/evaluation/measure.py full --work WORK``, whose calibrations it reads:
 ``python benchmarks/cross_layer/figures.py WORK``. Takes about ten minutes.
@@ -37,7 +37,7 @@ from measure import HERE as QUALITY
 
 PREFIX, SCORED = 1536, 512
 RATES = (0.1, 0.2, 0.4)
-SCOPES = {"head": "#E69F00", "layer": "#0072B2", "model": "#009E73"}
+SCOPES = {"one head": "#E69F00", "one layer": "#0072B2", "all layers": "#009E73"}
 TITLE = {"fontsize": 10}
 
 
@@ -51,11 +51,11 @@ def main() -> None:
     layers = json.loads((QUALITY / "calibrated.json").read_text())
     (statistics,) = joint.statistics
     basis = fit_basis(statistics)
-    codes = {bits: train_layer_group(statistics, bits, basis=basis) for bits in RATES}
-    facts = {"head": heads(lm, calibration), "times": times(lm, codes)}
+    trained = {bits: train_layer_group(statistics, bits, basis=basis) for bits in RATES}
+    facts = {"head": heads(lm, calibration), "times": times(lm, trained)}
     store("../cross_layer/figures", facts)
     spectra(statistics, basis)
-    components(codes)
+    components(trained)
     curves(facts["head"], layers, found)
     page = DOCS / "cross-layer.md"
     fill(page, "equal", equal_quality(layers, found))
@@ -64,11 +64,11 @@ def main() -> None:
 
 def heads(lm, calibration) -> list[dict]:
     """`TransformCoding` of single heads: bits and KL on every text."""
-    options = {"sinks": 4, "window": 128}
-    rows = []
-    for bits in (1.5, 2, 3, 4):
-        planned = plan(calibration, bits=bits, scope="head", **options)
-        rows.append(Row("head", bits, planned.__getitem__))
+    exact = {"sinks": 4, "window": 128}
+    rows = [
+        Row("head", bits, plan(calibration, bits=bits, scope="head", **exact), **exact)
+        for bits in (1.5, 2, 3, 4)
+    ]
     texts = []
     for title, path in TEXTS.items():
         chunks, tallies = lm.chunks(path.read_text(), PREFIX + SCORED + 1), [Tally() for _ in rows]
@@ -81,13 +81,13 @@ def heads(lm, calibration) -> list[dict]:
     return texts
 
 
-def times(lm, codes) -> dict:
+def times(lm, trained) -> dict:
     """Seconds of a prefill, and of compressing and restoring its cache, in turn; medians."""
     tokens = lm.chunks(TEXTS["English"].read_text(), PREFIX + 2)[0]
     seconds: dict[str, list[float]] = {}
     compressors = {
-        bits: KVCacheCompressor(CrossLayerTransform(code), sinks=4, window=128)
-        for bits, code in codes.items()
+        bits: KVCacheCompressor(CrossLayerTransform(parameters), sinks=4, window=128)
+        for bits, parameters in trained.items()
     }
     sizes = {}
     for turn in range(6):
@@ -102,92 +102,95 @@ def times(lm, codes) -> dict:
             marks.append((f"compress {bits}", time.perf_counter()))
             compressor.decompress_cache(compressed)
             marks.append((f"restore {bits}", time.perf_counter()))
-            sizes[bits] = sum(code.nbytes for code in compressor.method.groups)
+            sizes[bits] = compressor.method.nbytes
         for (_, start), (name, end) in pairwise(marks):
             if name and turn:
                 seconds.setdefault(name, []).append(end - start)
     model = lm.nbytes
     return {
         "seconds": {name: median(x) for name, x in seconds.items()},
-        "code_megabytes": {str(bits): size / 1e6 for bits, size in sizes.items()},
+        "parameter_megabytes": {str(bits): size / 1e6 for bits, size in sizes.items()},
         "model_megabytes": model / 1e6,
     }
 
 
 def prefill(lm, tokens) -> None:
-    """Let the model read what it would have to read, were the cache not kept."""
+    """Run the model on the prefix, as it would have to be without the cache."""
     with torch.no_grad():
         lm.model.base_model(torch.as_tensor(tokens[None, :PREFIX]), use_cache=True)
 
 
 def spectra(statistics, basis) -> None:
-    """Draw how fast the variances of components fall, if channels are taken together."""
+    """Draw how fast the variances of components fall, by what is coded together."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     covariance = statistics.metric.sandwich(statistics.covariance())
-    parts = {"head": [], "layer": []}
+    parts = {"one head": [], "one layer": []}
     for shape, columns in zip(statistics.group.shapes, statistics.group.columns, strict=True):
-        parts["layer"].append(np.arange(columns.start, columns.stop))
+        parts["one layer"].append(np.arange(columns.start, columns.stop))
         starts, of_heads = columns.start, [[] for _ in range(shape.heads)]
         for heads, dim in shape.groups:
             for head in range(heads):
                 of_heads[head].append(starts + head * dim + np.arange(dim))
             starts += heads * dim
-        parts["head"] += [np.concatenate(x) for x in of_heads]
+        parts["one head"] += [np.concatenate(x) for x in of_heads]
     found = {
         name: np.concatenate([np.linalg.eigvalsh(covariance[np.ix_(i, i)]) for i in places])
         for name, places in parts.items()
     }
     total = float(np.trace(covariance))
     del covariance
-    found["model"] = basis.variances
+    found["all layers"] = basis.variances
     for name, variances in found.items():
         falling = np.sort(variances)[::-1]
         left = 1 - np.cumsum(falling, dtype=np.float64) / total
         share = (1 + np.arange(len(left))) / statistics.group.width
-        axes.plot(share, left, color=SCOPES[name], label=f"of a {name}")
+        axes.plot(share, left, color=SCOPES[name], label=name)
     axes.set_yscale("log")
     axes.set_ylim(1e-3, 1)
     axes.set_xlim(0, 0.6)
-    axes.set_xlabel("components kept, per number")
-    axes.set_ylabel("share of the weighed variance that is lost")
-    axes.legend(frameon=False)
+    axes.set_xlabel("components kept, as a share of the numbers per token")
+    axes.set_ylabel("share of the weighted variance that is lost")
+    axes.legend(frameon=False, title="coded together")
     save(figure, axes, "cross-layer-spectrum.png")
 
 
-def components(codes) -> None:
-    """Draw what every component of a token costs."""
+def components(trained) -> None:
+    """Draw the bits that every component of a token takes."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.subplots()
     colors = ("#56B4E9", "#0072B2", "#CC79A7")
-    for (bits, code), color in zip(codes.items(), colors, strict=True):
-        frequencies = code.frequencies.astype(np.float64) / 2**15
+    for (bits, parameters), color in zip(trained.items(), colors, strict=True):
+        frequencies = parameters.frequencies.astype(np.float64) / 2**15
         entropy = -np.sum(frequencies * np.log2(frequencies), axis=1)
-        cost = (entropy + LOW_BITS)[code.classes]
-        axes.plot(1 + np.arange(len(cost)), cost, color=color, label=f"{bits:g} bits a value")
+        cost = (entropy + LOW_BITS)[parameters.classes]
+        axes.plot(1 + np.arange(len(cost)), cost, color=color, label=f"{bits:g} bits per value")
     axes.set_xscale("log")
-    axes.set_xlabel(f"component, of {code.group.width:,}")
-    axes.set_ylabel("bits a token, of usual tokens")
+    axes.set_xlabel(f"component, of {parameters.group.width:,}")
+    axes.set_ylabel("bits per token")
     axes.legend(frameon=False)
     save(figure, axes, "cross-layer-components.png")
 
 
 def curves(head, layers, model) -> None:
-    """Draw KL against bits where a head, a layer, or the model is coded together."""
+    """Draw KL against bits where one head, one layer or all layers are coded together."""
     figure = Figure(figsize=(12.8, 4), layout="constrained")
     panels = figure.subplots(1, len(TEXTS), sharey=True)
     for i, axes in enumerate(panels):
         lines = {
-            "head": [(r["bits"], r["kl"]) for r in head[i]["results"]],
-            "layer": points(layers, i, "TransformCoding"),
-            "model": points(model, i, "CrossLayerTransform"),
+            "one head": [(r["bits"], r["kl"]) for r in head[i]["results"]],
+            "one layer": points(layers, i, "TransformCoding"),
+            "all layers": points(model, i, "CrossLayerTransform"),
         }
         for name, line in lines.items():
-            axes.plot(
-                *zip(*sorted(line), strict=True), color=SCOPES[name], marker="o", label=f"a {name}"
-            )
+            axes.plot(*zip(*sorted(line), strict=True), color=SCOPES[name], marker="o", label=name)
         rotated = sorted(points(layers, i, "RotatedQuantization"))
-        axes.plot(*zip(*rotated, strict=True), color="0.6", marker="v", label="none, rotated")
+        axes.plot(
+            *zip(*rotated, strict=True),
+            color="0.6",
+            marker="v",
+            label="one vector (RotatedQuantization)",
+        )
         axes.set_yscale("log")
         axes.set_xscale("log")
         axes.set_xticks([0.1, 0.2, 0.5, 1, 2, 4], labels=["0.1", "0.2", "0.5", "1", "2", "4"])
@@ -197,7 +200,10 @@ def curves(head, layers, model) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("KL divergence, nats per token")
-    panels[0].legend(frameon=False, title="taken together:")
+    handles = panels[0].get_legend_handles_labels()
+    figure.legend(
+        *handles, loc="outside lower center", ncols=4, frameon=False, title="coded together"
+    )
     figure.savefig(DOCS / "_static" / "cross-layer-kl.png", dpi=150)
 
 
@@ -218,7 +224,7 @@ def equal_quality(layers: dict, model: dict) -> str:
     """Table of the bits of every method at the KL of `CrossLayerTransform`, interpolated."""
     others = ("TransformCoding", "RotatedQuantization", "GroupQuantization")
     lines = [
-        "text | KL | CrossLayerTransform | " + " | ".join(others) + " | fewer",
+        "text | KL | CrossLayerTransform | " + " | ".join(others) + " | factor",
         "--|" * 6 + "--",
     ]
     for i, title in enumerate(TEXTS):
@@ -241,8 +247,8 @@ def at(line: list[tuple[float, float]], kl: float) -> float:
 def times_table(facts: dict) -> str:
     """Seconds beside the prefill's, and sizes beside the model's, as a table."""
     seconds, prefill = facts["seconds"], facts["seconds"]["prefill"]
-    lines = ["bits | compress | restore | codes, MB | of the model", "--|" * 4 + "--"]
-    for bits, size in facts["code_megabytes"].items():
+    lines = ["bits | compress | restore | parameters, MB | share of the model", "--|" * 4 + "--"]
+    for bits, size in facts["parameter_megabytes"].items():
         shares = (f"{seconds[f'{what} {bits}'] / prefill:.2f}" for what in ("compress", "restore"))
         part = 100 * size / facts["model_megabytes"]
         lines.append(f"{bits} | " + " | ".join(shares) + f" | {size:.1f} | {part:.1f} %")
