@@ -99,8 +99,8 @@ def tests(session: nox.Session, library: str) -> None:
     pytest(session, *libraries(*LIBRARIES[library]))
     if library == "jax":
         # Eagerly, every operation is compiled by itself: the building blocks only.
-        names = "affine", "packing", "golden", "outliers", "kmeans", "compressed"
-        pytest(session, *libraries("jax-eager"), *(f"tests/test_{name}.py" for name in names))
+        ops = (f"tests/ops/test_{op}.py" for op in ("affine", "packing", "outliers", "kmeans"))
+        pytest(session, *libraries("jax-eager"), "tests/test_golden.py", "tests/compressed", *ops)
 
 
 @nox.session(python=OLDEST)
@@ -108,7 +108,7 @@ def minimums(session: nox.Session) -> None:
     """The suite with the lowest allowed dependencies."""
     session.install("-e", ".[test]", *lowest(*CORE, *EXTRAS["cli"], *EXTRAS["jax"]))
     pytest(session, *libraries("numpy", "strict"))
-    pytest(session, *libraries("jax"), "tests/test_jax.py")
+    pytest(session, *libraries("jax"), "tests/compressor/test_jax.py")
 
 
 @nox.session(python=NEWEST)
