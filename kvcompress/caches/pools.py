@@ -60,7 +60,7 @@ class Pools:
 
     def paged(self, layer: int, index: Array) -> Paged:
         """Tokens of a layer, where they are."""
-        return Paged(self.arrays[layer], index)
+        return Paged.unchecked(self.arrays[layer], index)
 
     def read(self, layer: int, index: Array) -> Array:
         """Tokens of a layer ``[heads, tokens, width]``, copied."""

@@ -99,6 +99,14 @@ class Paged:
         if low < 0 or high > last:
             raise SlotError(f"slots must be from 0 to {last}, got {low if low < 0 else high}")
 
+    @classmethod
+    def unchecked(cls, pool: Array, slots: Array) -> Paged:
+        """Make one whose slots are known to be in the pool: on a GPU, a look at them takes long."""
+        paged = object.__new__(cls)
+        object.__setattr__(paged, "pool", pool)
+        object.__setattr__(paged, "slots", slots)
+        return paged
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """``(heads, tokens, channels)``."""
@@ -123,4 +131,4 @@ class Paged:
         heads, tokens, channels = key
         if (heads, channels) != (slice(None), slice(None)):
             raise IndexError(f"only tokens can be sliced before they are gathered, got {key}")
-        return Paged(self.pool, self.slots[tokens])
+        return Paged.unchecked(self.pool, self.slots[tokens])

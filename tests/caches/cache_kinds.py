@@ -33,17 +33,11 @@ class Kind:
 
     Attributes
     ----------
-    sizes : (int, int, int)
-        Heads and widths of what is held.
-    restored_sizes : (int, int, int)
-        Heads and widths of what `get_kv` returns.
     exact : bool
         Whether sums are exact in float32 in any order, so that results are the oracle's.
     """
 
     name: str
-    sizes: tuple[int, int, int]
-    restored_sizes: tuple[int, int, int]
     exact: bool = True
 
     def __str__(self) -> str:
@@ -51,6 +45,14 @@ class Kind:
 
     def make(self, xp: Any, *, num_blocks: int = BLOCKS, block_size: int = BLOCK) -> Any:
         raise NotImplementedError
+
+    def sizes(self, layer: int) -> tuple[int, int, int]:
+        """Heads and widths of what is held."""
+        raise NotImplementedError
+
+    def restored_sizes(self, layer: int) -> tuple[int, int, int]:
+        """Heads and widths of what `get_kv` returns."""
+        return HEADS, KEY_DIM, VALUE_DIM
 
     def inputs(self, layer: int, tokens: list[int]) -> tuple[np.ndarray, ...]:
         """What a model would append."""
@@ -80,10 +82,10 @@ class Kind:
         cache.append_compressed(layer, seq_id, k, v)
 
     def check_held(self, xp: Any, cache: Any, layer: int, seq_id: Any, rows: list[Row]) -> None:
-        self.check(xp, self.held(cache, layer, seq_id), rows, self.sizes)
+        self.check(xp, self.held(cache, layer, seq_id), rows, self.sizes(layer))
 
     def check_restored(self, xp: Any, kv: tuple[Any, Any], layer: int, rows: list[Row]) -> None:
-        self.check(xp, kv, [self.restored(layer, row) for row in rows], self.restored_sizes)
+        self.check(xp, kv, [self.restored(layer, row) for row in rows], self.restored_sizes(layer))
 
     def check(self, xp: Any, kv: tuple[Any, Any], rows: list[Row], sizes: Any) -> None:
         heads, *widths = sizes
@@ -102,6 +104,9 @@ class Plain(Kind):
             LAYERS, num_blocks, HEADS, KEY_DIM, value_head_dim=VALUE_DIM, block_size=block_size,
             dtype="float32", xp=xp.module,
         )  # fmt: skip
+
+    def sizes(self, layer: int) -> tuple[int, int, int]:
+        return HEADS, KEY_DIM, VALUE_DIM
 
     def row(self, layer: int, token: int, position: int) -> Row:
         return keys(token, KEY_DIM), values(token, VALUE_DIM)
@@ -142,13 +147,11 @@ class PerHead(Kind):
             k = k + row[0] @ w["rope_key"]
         return k, row[1] @ value_weights(w)[1]
 
-    def check_held(self, xp: Any, cache: Any, layer: int, seq_id: Any, rows: list[Row]) -> None:
-        sizes = (HEADS, LATENT, LATENT if layer else VALUE_LATENT)
-        self.check(xp, self.held(cache, layer, seq_id), rows, sizes)
+    def sizes(self, layer: int) -> tuple[int, int, int]:
+        return HEADS, LATENT, LATENT if layer else VALUE_LATENT
 
-    def check_restored(self, xp: Any, kv: tuple[Any, Any], layer: int, rows: list[Row]) -> None:
-        sizes = (HEADS, KEY_DIM, KEY_DIM if layer else VALUE_DIM)
-        self.check(xp, kv, [self.restored(layer, row) for row in rows], sizes)
+    def restored_sizes(self, layer: int) -> tuple[int, int, int]:
+        return HEADS, KEY_DIM, KEY_DIM if layer else VALUE_DIM
 
 
 class DeepSeek(Kind):
@@ -162,6 +165,12 @@ class DeepSeek(Kind):
         rows = [hidden_state(t) for t in tokens]
         return (np.array(rows, dtype=np.float32).reshape(len(tokens), HIDDEN),)
 
+    def sizes(self, layer: int) -> tuple[int, int, int]:
+        return 1, ROPE, RANK
+
+    def restored_sizes(self, layer: int) -> tuple[int, int, int]:
+        return HEADS, NOPE + ROPE, VALUE_DIM
+
     def add(self, cache: Any, layer: Any, seq_id: Any, *arrays: Any) -> None:
         cache.append_hidden(layer, seq_id, *arrays)
 
@@ -174,11 +183,7 @@ class DeepSeek(Kind):
         return up(deepseek_weights(layer, norm=layer == 1), row[1][0], row[0][0])
 
 
-KINDS = (
-    Plain("paged", (HEADS, KEY_DIM, VALUE_DIM), (HEADS, KEY_DIM, VALUE_DIM)),
-    PerHead("per head", (HEADS, LATENT, VALUE_LATENT), (HEADS, KEY_DIM, VALUE_DIM)),
-    DeepSeek("deepseek", (1, ROPE, RANK), (HEADS, NOPE + ROPE, VALUE_DIM), exact=False),
-)
+KINDS = (Plain("paged"), PerHead("per head"), DeepSeek("deepseek", exact=False))
 
 
 def stack(rows: list[np.ndarray], width: int, heads: int = HEADS) -> np.ndarray:
