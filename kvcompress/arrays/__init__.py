@@ -20,6 +20,7 @@ from kvcompress.arrays.namespace import (
     namespace_of,
 )
 from kvcompress.arrays.primitives import (
+    detach,
     extremes,
     first_largest,
     largest_positions,
@@ -42,6 +43,7 @@ __all__ = [
     "array_namespace",
     "astype",
     "convert",
+    "detach",
     "device",
     "digest",
     "dtype_name",

@@ -119,6 +119,10 @@ def scatter(x: Array, index: Array, values: Array, *, overwrite: bool = False) -
     xp = compat.array_namespace(x)
     if index.shape[0] == 0:
         return x
+    if overwrite and _written_in_inference_mode_only(x):
+        with sys.modules["torch"].inference_mode():
+            x[index] = values
+        return x
     if not compat.is_array_api_strict_namespace(xp):
         return xpx.at(x, index).set(values, copy=None if overwrite else True)
     # The standard has no scatter: look every row up among the indices instead.
@@ -126,3 +130,16 @@ def scatter(x: Array, index: Array, values: Array, *, overwrite: bool = False) -
     slot = xp.clip(xp.searchsorted(index, row), max=index.shape[0] - 1)
     hit = xp.reshape(xp.take(index, slot) == row, (-1, *[1] * (x.ndim - 1)))
     return xp.where(hit, xp.take(values, slot, axis=0), x)
+
+
+def _written_in_inference_mode_only(x: Array) -> bool:
+    """Tell whether `x` is a tensor of PyTorch that came from ``torch.inference_mode``."""
+    return compat.is_torch_array(x) and is_concrete(x) and x.is_inference()
+
+
+def detach(x: Array) -> Array:
+    """Return `x` without what autograd knows of it; the values are not copied.
+
+    Only PyTorch records gradients in its arrays.
+    """
+    return x.detach() if compat.is_torch_array(x) else x

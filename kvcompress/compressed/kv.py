@@ -28,7 +28,7 @@ class KVLayout(Enum):
 
     BATCHED = "[batch, num_heads, seq_len, head_dim]"
     UNBATCHED = "[num_heads, seq_len, head_dim]"
-    LATENT = "[batch, seq_len, rope_dim] and [batch, seq_len, kv_lora_rank]"
+    LATENT = "[num_heads, seq_len, width] of latents"
 
 
 @pytree(data=("payload", "exact"), meta=("method", "role", "spec", "ndim"))
