@@ -21,6 +21,7 @@ from kvcompress.arrays.namespace import (
 )
 from kvcompress.arrays.primitives import (
     detach,
+    eigh,
     extremes,
     first_largest,
     largest_positions,
@@ -48,6 +49,7 @@ __all__ = [
     "digest",
     "dtype_name",
     "dtype_of",
+    "eigh",
     "extremes",
     "first_largest",
     "is_concrete",

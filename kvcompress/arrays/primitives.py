@@ -51,6 +51,18 @@ def map_matrices(function: Callable[[Array], Any], stack: Array) -> Any:
     return map_blocks(function, 1 if alone else max(1, stack.shape[0]), stack)
 
 
+def eigh(stack: Array) -> tuple[Array, Array]:
+    """Eigenvalues and eigenvectors of every symmetric matrix ``[matrices, n, n]``, ascending.
+
+    PyTorch computes in float64: on matrices of rounding errors, which constant keys leave, its
+    single-precision solver does not converge.
+    """
+    xp = compat.array_namespace(stack)
+    wide = xp.astype(stack, xp.float64) if compat.is_torch_namespace(xp) else stack
+    values, vectors = map_matrices(lambda matrices: tuple(xp.linalg.eigh(matrices)), wide)
+    return xp.astype(values, stack.dtype, copy=False), xp.astype(vectors, stack.dtype, copy=False)
+
+
 def on_cpu(x: Array) -> bool:
     """Tell whether a processor with caches computes on `x`, not a GPU or the like."""
     if compat.is_jax_array(x):
