@@ -29,7 +29,7 @@ PACKAGES = {
     "cross_layer": "`CrossLayerTransform`, its calibration, training and parameters",
     "compressed": "`CompressedKV`, `CompressedCache` and their sizes in bytes",
     "compressor": "`KVCacheCompressor`: validation, single tensors, single layers, whole caches",
-    "caches": "`PagedKVCache`, `MlaCompressedKVCache`; they do not depend on the compressor",
+    "caches": "`PagedKVCache`, `MlaCompressedKVCache` on one block manager; projections of latents",
     "plan": "a trained compressor for every layer, under a budget of bits or bytes",
     "integrations": "models of transformers: their caches, attention and gradients",
     "evaluation": "error measures in float64, continuation from a changed cache, rates of methods",

@@ -4,7 +4,12 @@ What most programs need is here; errors are in `kvcompress.errors`, the operatio
 `kvcompress.ops`, and what is trained across layers in `kvcompress.cross_layer`.
 """
 
-from kvcompress.caches import MlaCompressedKVCache, MultiHeadLatentAttention, PagedKVCache
+from kvcompress.caches import (
+    MlaCompressedKVCache,
+    MultiHeadLatentAttention,
+    PagedKVCache,
+    PerHeadLatentAttention,
+)
 from kvcompress.calibration import Calibration
 from kvcompress.compressed import CompressedCache, CompressedKV, KVLayout
 from kvcompress.compressor import KVCacheCompressor
@@ -41,6 +46,7 @@ __all__ = [
     "MlaCompressedKVCache",
     "MultiHeadLatentAttention",
     "PagedKVCache",
+    "PerHeadLatentAttention",
     "Plan",
     "RoPE",
     "RotatedQuantization",

@@ -32,7 +32,10 @@ class SettingError(KVCompressError, ValueError):
 
 
 class LayoutError(KVCompressError, ValueError):
-    """A `CompressedKV` was asked for a layout other than the one it was compressed from."""
+    """A call does not fit what is there: a `CompressedKV` of another layout, or a layer of a cache.
+
+    A layer of a cache of latents projects either hidden states, or keys and values.
+    """
 
 
 class CalibrationError(KVCompressError, ValueError):
@@ -65,6 +68,10 @@ class UnknownSequence(KVCompressError, KeyError):
 
 class UnknownLayer(KVCompressError, IndexError):
     """A cache was asked for a layer it does not have."""
+
+
+class SlotError(KVCompressError, IndexError):
+    """A slot is not in the pool of a paged cache."""
 
 
 class SequenceExists(KVCompressError, ValueError):

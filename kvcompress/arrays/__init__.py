@@ -20,6 +20,8 @@ from kvcompress.arrays.namespace import (
     namespace_of,
 )
 from kvcompress.arrays.primitives import (
+    detach,
+    eigh,
     extremes,
     first_largest,
     largest_positions,
@@ -42,10 +44,12 @@ __all__ = [
     "array_namespace",
     "astype",
     "convert",
+    "detach",
     "device",
     "digest",
     "dtype_name",
     "dtype_of",
+    "eigh",
     "extremes",
     "first_largest",
     "is_concrete",

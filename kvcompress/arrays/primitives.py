@@ -51,6 +51,18 @@ def map_matrices(function: Callable[[Array], Any], stack: Array) -> Any:
     return map_blocks(function, 1 if alone else max(1, stack.shape[0]), stack)
 
 
+def eigh(stack: Array) -> tuple[Array, Array]:
+    """Eigenvalues and eigenvectors of every symmetric matrix ``[matrices, n, n]``, ascending.
+
+    PyTorch computes in float64: on matrices of rounding errors, which constant keys leave, its
+    single-precision solver does not converge.
+    """
+    xp = compat.array_namespace(stack)
+    wide = xp.astype(stack, xp.float64) if compat.is_torch_namespace(xp) else stack
+    values, vectors = map_matrices(lambda matrices: tuple(xp.linalg.eigh(matrices)), wide)
+    return xp.astype(values, stack.dtype, copy=False), xp.astype(vectors, stack.dtype, copy=False)
+
+
 def on_cpu(x: Array) -> bool:
     """Tell whether a processor with caches computes on `x`, not a GPU or the like."""
     if compat.is_jax_array(x):
@@ -119,6 +131,10 @@ def scatter(x: Array, index: Array, values: Array, *, overwrite: bool = False) -
     xp = compat.array_namespace(x)
     if index.shape[0] == 0:
         return x
+    if overwrite and _written_in_inference_mode_only(x):
+        with sys.modules["torch"].inference_mode():
+            x[index] = values
+        return x
     if not compat.is_array_api_strict_namespace(xp):
         return xpx.at(x, index).set(values, copy=None if overwrite else True)
     # The standard has no scatter: look every row up among the indices instead.
@@ -126,3 +142,16 @@ def scatter(x: Array, index: Array, values: Array, *, overwrite: bool = False) -
     slot = xp.clip(xp.searchsorted(index, row), max=index.shape[0] - 1)
     hit = xp.reshape(xp.take(index, slot) == row, (-1, *[1] * (x.ndim - 1)))
     return xp.where(hit, xp.take(values, slot, axis=0), x)
+
+
+def _written_in_inference_mode_only(x: Array) -> bool:
+    """Tell whether `x` is a tensor of PyTorch that came from ``torch.inference_mode``."""
+    return compat.is_torch_array(x) and is_concrete(x) and x.is_inference()
+
+
+def detach(x: Array) -> Array:
+    """Return `x` without what autograd knows of it; the values are not copied.
+
+    Only PyTorch records gradients in its arrays.
+    """
+    return x.detach() if compat.is_torch_array(x) else x

@@ -3,5 +3,11 @@
 from kvcompress.caches.latent_attention import MultiHeadLatentAttention
 from kvcompress.caches.mla import MlaCompressedKVCache
 from kvcompress.caches.paged import PagedKVCache
+from kvcompress.caches.per_head import PerHeadLatentAttention
 
-__all__ = ["MlaCompressedKVCache", "MultiHeadLatentAttention", "PagedKVCache"]
+__all__ = [
+    "MlaCompressedKVCache",
+    "MultiHeadLatentAttention",
+    "PagedKVCache",
+    "PerHeadLatentAttention",
+]

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcompress.arrays import (
-    FLOATING,
     Array,
     array_namespace,
     astype,
-    device,
     dtype_name,
-    is_concrete,
     pytree,
     register_pytrees,
 )
-from kvcompress.errors import DTypeError, NamespaceError, ShapeError
+from kvcompress.caches.projections import check_like, check_projections
+from kvcompress.errors import ShapeError
 from kvcompress.rope.embedding import RoPE
 
 
@@ -97,6 +95,39 @@ class MultiHeadLatentAttention:
         """Dtype of the projections, and so of all that is cached and restored."""
         return dtype_name(self.kv_down.dtype)
 
+    @property
+    def weight(self) -> Array:
+        """`kv_down`, whose library, dtype and device all that is cached has."""
+        return self.kv_down
+
+    @property
+    def cached_sizes(self) -> tuple[int, int, int]:
+        """``(1, rope_dim, kv_lora_rank)``: RoPE keys are cached as keys, latents as values."""
+        return 1, self.rope_dim, self.kv_lora_rank
+
+    def restore_cached(self, k: Array, v: Array, /) -> tuple[Array, Array]:
+        """Restore the keys and values of a sequence, as `MlaCompressedKVCache` holds it.
+
+        Parameters
+        ----------
+        k : array ``[1, seq_len, rope_dim]``
+            RoPE keys.
+        v : array ``[1, seq_len, kv_lora_rank]``
+            Latents.
+
+        Returns
+        -------
+        k : array ``[num_heads, seq_len, nope_dim + rope_dim]``
+        v : array ``[num_heads, seq_len, v_head_dim]``
+
+        Raises
+        ------
+        NamespaceError, DTypeError, ShapeError
+            If the arrays do not fit the projections.
+        """
+        keys, values = self.restore(v, k)
+        return keys[0, ...], values[0, ...]
+
     def check(self) -> None:
         """Check that the projections fit together.
 
@@ -104,28 +135,16 @@ class MultiHeadLatentAttention:
         ------
         NamespaceError, DTypeError, ShapeError
         """
-        arrays = {
-            "kv_down": (self.kv_down, ("hidden_dim", "kv_lora_rank")),
-            "key_rope": (self.key_rope, ("hidden_dim", "rope_dim")),
-            "key_up": (self.key_up, ("num_heads", "kv_lora_rank", "nope_dim")),
-            "value_up": (self.value_up, ("num_heads", "kv_lora_rank", "v_head_dim")),
-        }
-        if self.latent_norm is not None:
-            arrays["latent_norm"] = (self.latent_norm, ("kv_lora_rank",))
-        array_namespace(*(x for x, _ in arrays.values()))
-        if self.dtype not in FLOATING:
-            raise DTypeError(f"kv_down must be one of {', '.join(FLOATING)}, got {self.dtype}")
-        sizes = {"rope_dim": self.rope.head_dim}
-        for name, (x, axes) in arrays.items():
-            self._check_like_weights(name, x)
-            expected = ", ".join(
-                f"{axis} = {sizes[axis]}" if axis in sizes else axis for axis in axes
-            )
-            if x.ndim != len(axes) or any(
-                size != sizes.setdefault(axis, size) or size < 1
-                for axis, size in zip(axes, x.shape, strict=True)
-            ):
-                raise ShapeError(f"{name} must be [{expected}], got shape {tuple(x.shape)}")
+        check_projections(
+            {
+                "kv_down": (self.kv_down, ("hidden_dim", "kv_lora_rank")),
+                "key_rope": (self.key_rope, ("hidden_dim", "rope_dim")),
+                "key_up": (self.key_up, ("num_heads", "kv_lora_rank", "nope_dim")),
+                "value_up": (self.value_up, ("num_heads", "kv_lora_rank", "v_head_dim")),
+                "latent_norm": (self.latent_norm, ("kv_lora_rank",)),
+            },
+            {"rope_dim": self.rope.head_dim},
+        )
 
     def compress(self, hidden: Array, positions: Array, /) -> tuple[Array, Array]:
         """Project hidden states to what is cached.
@@ -213,19 +232,8 @@ class MultiHeadLatentAttention:
             )
 
     def _check_tokens(self, name: str, x: Array, width: int) -> None:
-        self._check_like_weights(name, x)
+        check_like(name, x, "kv_down", self.kv_down)
         if x.ndim != 3 or x.shape[2] != width:
             raise ShapeError(
                 f"{name} must be [batch, seq_len, {width}], got shape {tuple(x.shape)}"
-            )
-
-    def _check_like_weights(self, name: str, x: Array) -> None:
-        array_namespace(x, self.kv_down)
-        if dtype_name(x.dtype) != self.dtype:
-            raise DTypeError(
-                f"{name} must have the dtype of kv_down, {self.dtype}, got {dtype_name(x.dtype)}"
-            )
-        if is_concrete(x) and is_concrete(self.kv_down) and device(x) != device(self.kv_down):
-            raise NamespaceError(
-                f"{name} must be on the device of kv_down, {device(self.kv_down)}, got {device(x)}"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from kvcompress.arrays import (
     Array,
@@ -18,13 +18,13 @@ from kvcompress.arrays import (
     pytree,
     register_pytrees,
 )
+from kvcompress.compressed.base import Compressed, nbytes_of
 from kvcompress.compressed.kv import CompressedKV
-from kvcompress.compressed.sizes import Sizes, nbytes_of
 from kvcompress.methods.base import Payload
 
 
 @dataclass(frozen=True, eq=False)
-class CompressedLayerGroup(Sizes):
+class CompressedLayerGroup(Compressed):
     """Layers that were compressed together, in the library and on the device they came from.
 
     Not a JAX pytree: how many bytes it has depends on the data, which no compiler of arrays can
@@ -61,7 +61,6 @@ class CompressedLayerGroup(Sizes):
 
     @property
     def device(self) -> Any:
-        """Device of the arrays."""
         return device(self.some_array)
 
     @property
@@ -91,8 +90,7 @@ class CompressedLayerGroup(Sizes):
         """One of the arrays, which tells the library and the device of all."""
         return self.exact[0][0]
 
-    def to(self, library: Any, /, *, device: Any = None) -> CompressedLayerGroup:
-        """Move to another array library, device, or both; see `CompressedKV.to`."""
+    def to(self, library: Any, /, *, device: Any = None) -> Self:
         xp = namespace_of(library)
 
         def move(x: Array) -> Array:
@@ -109,7 +107,7 @@ class CompressedLayerGroup(Sizes):
 
 @pytree(data=("parts",), meta=("layers",))
 @dataclass(frozen=True, eq=False)
-class CompressedCache(Sizes):
+class CompressedCache(Compressed):
     """Compressed keys and values of all layers of a cache.
 
     A JAX pytree whose parts are; layers that were compressed together are leaves of it, which
@@ -134,7 +132,6 @@ class CompressedCache(Sizes):
 
     @property
     def device(self) -> Any:
-        """Device of the arrays; None of a cache without layers, or while JAX traces them."""
         return self.parts[0].device if self.parts else None
 
     @property
@@ -157,28 +154,7 @@ class CompressedCache(Sizes):
     def num_coded(self) -> int:
         return self._total(lambda part: part.num_coded)
 
-    def to(self, library: Any, /, *, device: Any = None) -> CompressedCache:
-        """Move to another array library, device, or both.
-
-        Parameters
-        ----------
-        library : module
-            Such as ``numpy``, ``jax.numpy``, ``torch`` or ``cupy``.
-        device : optional
-            A device of that library; None leaves the arrays where the transfer puts them.
-
-        Returns
-        -------
-        CompressedCache
-            May share memory with this one (DLPack).
-
-        Raises
-        ------
-        NamespaceError
-            If `library` is not an array library.
-        DTypeError
-            If the library lacks a dtype that is needed.
-        """
+    def to(self, library: Any, /, *, device: Any = None) -> Self:
         parts = tuple(part.to(library, device=device) for part in self.parts)
         return replace(self, parts=parts)
 

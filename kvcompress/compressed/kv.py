@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any
+from typing import Any, Self
 
 from kvcompress.arrays import (
     Array,
@@ -19,7 +19,7 @@ from kvcompress.arrays import (
     pytree,
     register_pytrees,
 )
-from kvcompress.compressed.sizes import Sizes, nbytes_of
+from kvcompress.compressed.base import Compressed, nbytes_of
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 
 
@@ -28,7 +28,7 @@ class KVLayout(Enum):
 
     BATCHED = "[batch, num_heads, seq_len, head_dim]"
     UNBATCHED = "[num_heads, seq_len, head_dim]"
-    LATENT = "[batch, seq_len, rope_dim] and [batch, seq_len, kv_lora_rank]"
+    LATENT = "[num_heads, seq_len, width] of latents"
 
 
 @pytree(data=("payload", "exact"), meta=("method", "role", "spec", "ndim"))
@@ -93,7 +93,7 @@ class CompressedTensor:
 
 @pytree(data=("keys", "values"), meta=("layout", "shape", "dtype", "sinks"))
 @dataclass(frozen=True, eq=False)
-class CompressedKV(Sizes):
+class CompressedKV(Compressed):
     """Compressed keys and values, in the library and on the device they came from.
 
     A JAX pytree: arrays are leaves, all else is static. Holds all that decoding needs; any
@@ -120,7 +120,6 @@ class CompressedKV(Sizes):
 
     @property
     def device(self) -> Any:
-        """Device of the arrays (None while JAX traces them)."""
         return device(self.some_array)
 
     @property
@@ -143,28 +142,7 @@ class CompressedKV(Sizes):
     def num_coded(self) -> int:
         return self.keys.num_coded + self.values.num_coded
 
-    def to(self, library: Any, /, *, device: Any = None) -> CompressedKV:
-        """Move to another array library, device, or both.
-
-        Parameters
-        ----------
-        library : module
-            Such as ``numpy``, ``jax.numpy``, ``torch`` or ``cupy``.
-        device : optional
-            A device of that library; None leaves the arrays where the transfer puts them.
-
-        Returns
-        -------
-        CompressedKV
-            May share memory with this one (DLPack).
-
-        Raises
-        ------
-        NamespaceError
-            If `library` is not an array library.
-        DTypeError
-            If the library lacks a dtype that is needed.
-        """
+    def to(self, library: Any, /, *, device: Any = None) -> Self:
         xp = namespace_of(library)
         return replace(self, keys=self.keys.moved(xp, device), values=self.values.moved(xp, device))
 

@@ -23,25 +23,29 @@ QUANT_BITS = (2, 3, 4, 8)
 class KVCache(Protocol):
     """What the compressor asks of a cache of keys and values.
 
-    A cache that also has ``paged_kv(seq_id, layer)``, which returns two `kvcompress.ops.Paged`, is
+    A cache that also has ``paged_kv(layer, seq_id)``, which returns two `kvcompress.ops.Paged`, is
     compressed without being copied where method and backend can read it in place.
     """
 
-    def get_kv(self, seq_id: Any, layer: int) -> tuple[Array, Array]:
+    def get_kv(self, layer: int, seq_id: Any) -> tuple[Array, Array]:
         """Keys and values ``[num_heads, seq_len, head_dim]`` of a sequence in a layer."""
 
-    def append(self, seq_id: Any, layer: int, k: Array, v: Array, /) -> None:
+    def append(self, layer: int, seq_id: Any, k: Array, v: Array, /) -> None:
         """Append keys and values ``[num_heads, new tokens, head_dim]``, wholly or not at all."""
 
 
 class LatentCache(Protocol):
-    """What the compressor asks of a cache of latents (multi-head latent attention)."""
+    """What the compressor asks of a cache of latents (multi-head latent attention).
 
-    def get_compressed_kv(self, layer: int) -> tuple[Array, Array]:
-        """Latents ``[batch, seq_len, kv_lora_rank]``, RoPE keys ``[batch, seq_len, rope_dim]``."""
+    A cache that also has ``paged_compressed_kv(layer, seq_id)``, which returns two
+    `kvcompress.ops.Paged`, is read in place as a `KVCache` with ``paged_kv`` is.
+    """
 
-    def append_compressed(self, layer: int, latent: Array, rope_key: Array, /) -> None:
-        """Append latents and RoPE keys of new tokens, wholly or not at all."""
+    def get_compressed_kv(self, layer: int, seq_id: Any) -> tuple[Array, Array]:
+        """Latents ``[num_heads, seq_len, width]`` held as keys, and those held as values."""
+
+    def append_compressed(self, layer: int, seq_id: Any, k: Array, v: Array, /) -> None:
+        """Append latents ``[num_heads, new tokens, width]``, wholly or not at all."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +211,8 @@ class KVCacheCompressor:
         """
         return self._cache_codec(select(self.backend)).decompress(compressed, layers, tokens)
 
-    def compress_paged_cache(self, cache: KVCache, seq_id: Any, layer: int = 0) -> CompressedKV:
-        """Compress one sequence of one layer of a paged cache, which is left as it is.
+    def compress_paged_cache(self, cache: KVCache, layer: int, seq_id: Any) -> CompressedKV:
+        """Compress one layer of one sequence of a paged cache, which is left as it is.
 
         Backends with kernels for it read the cache's pools in place, by methods that need no array
         but for such operations; others work on a copy.
@@ -224,12 +228,12 @@ class KVCacheCompressor:
             From the cache; and the errors of `compress_kv`.
         """
         read = getattr(cache, "paged_kv", cache.get_kv)
-        return self.compress_kv_3d(*read(seq_id, layer))
+        return self.compress_kv_3d(*read(layer, seq_id))
 
     def decompress_to_paged_cache(
-        self, compressed: CompressedKV, cache: KVCache, seq_id: Any, layer: int = 0
+        self, compressed: CompressedKV, cache: KVCache, layer: int, seq_id: Any
     ) -> None:
-        """Restore keys and values and append them to a sequence of a paged cache.
+        """Restore keys and values and append them to one layer of a sequence of a paged cache.
 
         Raises
         ------
@@ -238,33 +242,42 @@ class KVCacheCompressor:
         UnknownSequence, UnknownLayer, OutOfBlocks
             From the cache, which then is unchanged.
         """
-        cache.append(seq_id, layer, *self.decompress_kv_3d(compressed))
+        cache.append(layer, seq_id, *self.decompress_kv_3d(compressed))
 
-    def compress_mla_cache(self, cache: LatentCache, layer: int = 0) -> CompressedKV:
-        """Compress the latents and RoPE keys of one layer, without projecting them up.
+    def compress_mla_cache(self, cache: LatentCache, layer: int, seq_id: Any) -> CompressedKV:
+        """Compress the latents of one layer of one sequence, without projecting them up.
 
-        `method` compresses the RoPE keys, `value_method` the latents.
+        `method` compresses what the cache holds as keys (latents of keys, or RoPE keys),
+        `value_method` what it holds as values.
 
         Returns
         -------
         CompressedKV
-            Of layout `KVLayout.LATENT`, RoPE keys as keys and latents as values.
+            Of layout `KVLayout.LATENT`.
+
+        Raises
+        ------
+        UnknownSequence, UnknownLayer
+            From the cache; and the errors of `compress_kv`.
         """
-        latent, rope_key = cache.get_compressed_kv(layer)
-        return self._compress(rope_key, latent, KVLayout.LATENT, ndim=3)
+        read = getattr(cache, "paged_compressed_kv", cache.get_compressed_kv)
+        k, v = read(layer, seq_id)
+        return self._compress(k, v, KVLayout.LATENT, ndim=3)
 
     def decompress_to_mla_cache(
-        self, compressed: CompressedKV, cache: LatentCache, layer: int = 0
+        self, compressed: CompressedKV, cache: LatentCache, layer: int, seq_id: Any
     ) -> None:
-        """Restore latents and RoPE keys and append them to one layer.
+        """Restore latents and append them to one layer of a sequence of a cache of latents.
 
         Raises
         ------
         LayoutError
             If `compressed` does not hold latents.
+        UnknownSequence, UnknownLayer, OutOfBlocks
+            From the cache, which then is unchanged.
         """
-        rope_key, latent = self._decompress(compressed, KVLayout.LATENT)
-        cache.append_compressed(layer, latent, rope_key)
+        k, v = self._decompress(compressed, KVLayout.LATENT)
+        cache.append_compressed(layer, seq_id, k, v)
 
     def estimate_size(
         self,

@@ -11,9 +11,12 @@ from kvcompress.arrays import (
     device,
     dtype_name,
     dtype_of,
-    map_matrices,
+    eigh,
 )
 from kvcompress.ops.affine import TINY
+
+NOISE = 2.0**-46
+"""Covariances below this, of magnitudes up to 1, are rounding errors of float32."""
 
 
 class Principal(NamedTuple):
@@ -126,8 +129,8 @@ def _eigh(centered: Array) -> tuple[Array, Array]:
     """Eigenvalues ``[heads, channels]`` and eigenvectors of the covariance, largest first."""
     xp = array_namespace(centered)
     covariance = xp.matrix_transpose(centered) @ centered / max(centered.shape[-2], 1)
-    # LAPACK may not converge where denormals stand beside ones.
-    covariance = xp.where(xp.abs(covariance) < TINY, 0.0, covariance)
+    # Rounding errors that are left of constant heads; LAPACK may not converge on them.
+    covariance = xp.where(xp.abs(covariance) < NOISE, 0.0, covariance)
     # Ascending, so largest variance first.
-    values, vectors = map_matrices(lambda stack: tuple(xp.linalg.eigh(stack)), -covariance)
+    values, vectors = eigh(-covariance)
     return -values, vectors

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from kvcompress.arrays import Array, array_namespace, device, scatter
+from kvcompress.arrays import (
+    Array,
+    array_namespace,
+    device,
+    dtype_name,
+    is_concrete,
+    scatter,
+)
+from kvcompress.errors import DTypeError, ShapeError, SlotError
 
 
 def gather_slots(pool: Array, slots: Array) -> Array:
@@ -60,12 +68,44 @@ class Paged:
     ----------
     pool, slots : arrays
         As `gather_slots` takes them. What is written to the pool later is read.
+
+    Raises
+    ------
+    ShapeError
+        If `pool` does not have three dimensions, or `slots` one.
+    DTypeError
+        If `slots` are not int32.
+    SlotError
+        If a slot is negative, or not in the pool. Kernels would read memory that is not theirs.
     """
 
     pool: Array
     slots: Array
 
     ndim = 3
+
+    def __post_init__(self) -> None:
+        xp = array_namespace(self.pool, self.slots)
+        if self.pool.ndim != 3 or self.slots.ndim != 1:
+            raise ShapeError(
+                "pool must be [slots, heads, channels] and slots [tokens], got shapes "
+                f"{tuple(self.pool.shape)} and {tuple(self.slots.shape)}"
+            )
+        if dtype_name(self.slots.dtype) != "int32":
+            raise DTypeError(f"slots must be int32, got {dtype_name(self.slots.dtype)}")
+        if not self.slots.shape[0] or not is_concrete(self.slots):
+            return
+        low, high, last = int(xp.min(self.slots)), int(xp.max(self.slots)), self.pool.shape[0] - 1
+        if low < 0 or high > last:
+            raise SlotError(f"slots must be from 0 to {last}, got {low if low < 0 else high}")
+
+    @classmethod
+    def unchecked(cls, pool: Array, slots: Array) -> Paged:
+        """Make one whose slots are known to be in the pool: on a GPU, a look at them takes long."""
+        paged = object.__new__(cls)
+        object.__setattr__(paged, "pool", pool)
+        object.__setattr__(paged, "slots", slots)
+        return paged
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -91,4 +131,4 @@ class Paged:
         heads, tokens, channels = key
         if (heads, channels) != (slice(None), slice(None)):
             raise IndexError(f"only tokens can be sliced before they are gathered, got {key}")
-        return Paged(self.pool, self.slots[tokens])
+        return Paged.unchecked(self.pool, self.slots[tokens])

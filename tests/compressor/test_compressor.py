@@ -305,9 +305,9 @@ def test_wrong_layout(xp):
     with pytest.raises(LayoutError, match="use decompress_kv_3d"):
         compressor.decompress_kv(flat)
     with pytest.raises(LayoutError):
-        compressor.decompress_to_mla_cache(flat, None)
+        compressor.decompress_to_mla_cache(flat, None, 0, 0)
     with pytest.raises(LayoutError):
-        compressor.decompress_to_paged_cache(batched, types.SimpleNamespace(append=None), 0)
+        compressor.decompress_to_paged_cache(batched, types.SimpleNamespace(append=None), 0, 0)
     assert issubclass(LayoutError, ValueError)
 
 

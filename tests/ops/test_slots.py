@@ -12,7 +12,7 @@ from kvcompress import (
     ops,
 )
 from kvcompress.backend import Dispatcher
-from kvcompress.errors import NonFiniteError
+from kvcompress.errors import DTypeError, NamespaceError, NonFiniteError, ShapeError, SlotError
 from kvcompress.ops import Paged, gather_slots, scatter_slots
 
 
@@ -68,6 +68,45 @@ def test_paged_stands_for_what_is_gathered(xp):
         np.testing.assert_array_equal(xp.numpy(a), xp.numpy(b))
 
 
+@pytest.mark.parametrize("slot", [-1, 12, 2**31 - 1, -(2**31)])
+def test_slots_that_are_not_in_the_pool(xp, slot):
+    pool, slots = pool_and_slots(7)
+    slots[3] = slot
+    with pytest.raises(SlotError, match=f"slots must be from 0 to 11, got {slot}"):
+        Paged(xp.asarray(pool), xp.asarray(slots))
+    assert Paged(xp.asarray(pool), xp.asarray(slots[:0])).shape == (3, 0, 5)
+
+
+def test_a_pool_of_a_strange_cache(xp):
+    """Nothing is read from a cache that says its tokens are where the pool is not."""
+    pool, slots = (xp.asarray(a) for a in pool_and_slots(7))
+
+    class Cache:
+        def get_kv(self, layer, seq_id):
+            raise AssertionError("it can be read in place")
+
+        def paged_kv(self, layer, seq_id):
+            return (Paged(pool, slots - (5 if seq_id == "bad" else 0)),) * 2
+
+    compressor = KVCacheCompressor(LowRank(1), backend="generic")
+    assert compressor.compress_paged_cache(Cache(), 0, "good").shape[0] == (3, 7, 5)
+    with pytest.raises(SlotError):
+        compressor.compress_paged_cache(Cache(), 0, "bad")
+
+
+def test_pools_and_slots_that_do_not_fit(xp):
+    pool, slots = (xp.asarray(a) for a in pool_and_slots(7))
+    for error, arrays in (
+        (ShapeError, (pool[:, :, 0], slots)),
+        (ShapeError, (pool, slots[None, :])),
+        (DTypeError, (pool, xp.asarray(np.zeros(3, "float32")))),
+        (DTypeError, (pool, xp.asarray(np.zeros(3, "uint8")))),
+        (NamespaceError, (pool, [0, 1])),
+    ):
+        with pytest.raises(error):
+            Paged(*arrays)
+
+
 class InPlace:
     """Reads pools in place, by gathering them, and says what it was asked."""
 
@@ -113,11 +152,11 @@ def test_a_paged_cache_is_compressed_in_place(monkeypatch, method, calls, exact)
     for count in (1, 90, 50):
         cache.append(0, 0, *(rng.standard_normal((2, count, n)).astype("float32") for n in (8, 16)))
         cache.fork(0, str(count))  # blocks in no order
-        cache.append(str(count), 0, *(np.zeros((2, 3, n), "float32") for n in (8, 16)))
+        cache.append(0, str(count), *(np.zeros((2, 3, n), "float32") for n in (8, 16)))
     compressor = KVCacheCompressor(method, **exact, backend="generic")
     expected = compressor.compress_kv_3d(*cache.get_kv(0, 0))
     monkeypatch.setattr("kvcompress.compressor.compressor.select", lambda _: Dispatcher((backend,)))
-    got = compressor.compress_paged_cache(cache, 0)
+    got = compressor.compress_paged_cache(cache, 0, 0)
     assert backend.calls == calls
     for a, b in ((got.keys, expected.keys), (got.values, expected.values)):
         assert (a.exact is None) == (b.exact is None)
@@ -138,7 +177,7 @@ def test_what_is_not_finite_in_a_pool(monkeypatch):
         "kvcompress.compressor.compressor.select", lambda _: Dispatcher((InPlace(),))
     )
     with pytest.raises(NonFiniteError, match=r"values hold nan at index \[1, 17, 3\]"):
-        KVCacheCompressor(RotatedQuantization(4)).compress_paged_cache(cache, 0)
+        KVCacheCompressor(RotatedQuantization(4)).compress_paged_cache(cache, 0, 0)
     saturating = KVCacheCompressor(RotatedQuantization(4), nonfinite="saturate")
-    _, v = saturating.decompress_kv_3d(saturating.compress_paged_cache(cache, 0))
+    _, v = saturating.decompress_kv_3d(saturating.compress_paged_cache(cache, 0, 0))
     assert np.all(np.isfinite(v))

@@ -120,7 +120,7 @@ def test_within(backend, dtype):
 @pytest.mark.parametrize("method", [GroupQuantization(4), RotatedQuantization(4)])
 def test_a_paged_cache_is_never_copied_together(backend, monkeypatch, method):
     monkeypatch.setattr("kvcompress.compressor.compressor.select", lambda _: Dispatcher((backend,)))
-    monkeypatch.setattr("kvcompress.caches.paged.select", lambda: Dispatcher((backend,)))
+    monkeypatch.setattr("kvcompress.caches.pools.select", lambda: Dispatcher((backend,)))
     cache = PagedKVCache(1, 40, 2, 64)
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
@@ -128,20 +128,20 @@ def test_a_paged_cache_is_never_copied_together(backend, monkeypatch, method):
     for count in (100, 33, 90):
         for name in ("a", "b"):
             k, v = rng.standard_normal((2, 2, count, 64)).astype("float16")
-            cache.append(name, 0, k, v)
+            cache.append(0, name, k, v)
     compressor = KVCacheCompressor(method, sinks=4, window=16)
     backend.runtime.launches.clear()
-    compressed = compressor.compress_paged_cache(cache, "b")
+    compressed = compressor.compress_paged_cache(cache, 0, "b")
     families = [launch.family for launch in backend.runtime.launches]
     assert families.count("within") == 2
     gathered = [x for x in backend.runtime.launches if x.family == "gather_slots"]
     assert [int(x.scalars[0]) for x in gathered] == [4, 16] * 2  # what is kept exact
     assert backend.runtime.copies == 0
-    expected = compressor.compress_kv_3d(*cache.get_kv("b", 0))
+    expected = compressor.compress_kv_3d(*cache.get_kv(0, "b"))
     for a, b in ((compressed.keys, expected.keys), (compressed.values, expected.values)):
         same([*a.payload.values(), a.exact], [*b.payload.values(), b.exact])
     cache.free_sequence("b")
     cache.allocate_sequence("c")
-    compressor.decompress_to_paged_cache(compressed, cache, "c")
+    compressor.decompress_to_paged_cache(compressed, cache, 0, "c")
     assert backend.runtime.launches[-1].family == "scatter_slots"
-    same(cache.get_kv("c", 0), compressor.decompress_kv_3d(compressed))
+    same(cache.get_kv(0, "c"), compressor.decompress_kv_3d(compressed))

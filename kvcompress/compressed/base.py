@@ -1,16 +1,46 @@
-"""Bytes and bits of what is compressed, counted one way for tensors, layers and caches."""
+"""What layers and caches have in common once compressed: bytes, bits, a device, a way to move."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any, Self
 
 from kvcompress.arrays import Array, dtype_name, itemsize
 
 
-class Sizes(ABC):
-    """Five counts, and what follows from them."""
+class Compressed(ABC):
+    """Compressed keys and values, in the library and on the device they came from."""
+
+    @property
+    @abstractmethod
+    def device(self) -> Any:
+        """Device of the arrays; None while JAX traces them, or if there are none."""
+
+    @abstractmethod
+    def to(self, library: Any, /, *, device: Any = None) -> Self:
+        """Move to another array library, device, or both.
+
+        Parameters
+        ----------
+        library : module
+            Such as ``numpy``, ``jax.numpy``, ``torch`` or ``cupy``.
+        device : optional
+            A device of that library; None leaves the arrays where the transfer puts them.
+
+        Returns
+        -------
+        Of the same type
+            It may share memory with this one (DLPack).
+
+        Raises
+        ------
+        NamespaceError
+            If `library` is not an array library.
+        DTypeError
+            If the library lacks a dtype that is needed.
+        """
 
     @property
     @abstractmethod
