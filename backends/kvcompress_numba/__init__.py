@@ -74,11 +74,13 @@ class NumbaBackend:
 
         return quantize(x, spec=spec)
 
-    def dequantize(self, codes: NDArray, lower: NDArray, upper: NDArray, **static: Any) -> NDArray:
+    def dequantize(
+        self, codes: NDArray, minimum: NDArray, maximum: NDArray, **static: Any
+    ) -> NDArray:
         """See `kvcompress.ops.dequantize`."""
         from kvcompress_numba.affine import dequantize
 
-        return dequantize(codes, lower, upper, **static)
+        return dequantize(codes, minimum, maximum, **static)
 
     def clip_groups(self, x: NDArray, *, spec: AffineSpec) -> NDArray:
         """See `kvcompress.ops.clip_groups`."""
@@ -98,17 +100,19 @@ class NumbaBackend:
 
         return dequantize_rotated(codes, gain, **static)
 
-    def quantize_allocated(self, x: NDArray, depths: NDArray, *, bits: int) -> NDArray:
+    def quantize_allocated(self, x: NDArray, component_bits: NDArray, *, bits: int) -> NDArray:
         """See `kvcompress.ops.quantize_allocated`."""
         from kvcompress_numba.allocated import quantize_allocated
 
-        return quantize_allocated(x, depths, bits=bits)
+        return quantize_allocated(x, component_bits, bits=bits)
 
-    def dequantize_allocated(self, packed: NDArray, depths: NDArray, *, bits: int) -> NDArray:
+    def dequantize_allocated(
+        self, packed: NDArray, component_bits: NDArray, *, bits: int
+    ) -> NDArray:
         """See `kvcompress.ops.dequantize_allocated`."""
         from kvcompress_numba.allocated import dequantize_allocated
 
-        return dequantize_allocated(packed, depths, bits=bits)
+        return dequantize_allocated(packed, component_bits, bits=bits)
 
     def nearest(self, x: NDArray, codebook: NDArray) -> NDArray:
         """See `kvcompress.ops.nearest`."""

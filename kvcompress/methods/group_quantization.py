@@ -19,12 +19,12 @@ BITS = (2, 3, 4, 8)
 
 @dataclass(frozen=True)
 class GroupQuantization(Method):
-    """Quantize groups of values between two ends of their own.
+    """Quantize groups of values between their minimum and maximum.
 
     Keys per channel, values per token: KIVI (Liu et al. 2024, arXiv 2402.02750). Two things are
     done better: with 2 bits every group is clipped to the range that serves it best in squares, and
-    below 8 bits the ends are themselves quantized, in 8 bits and groups of 32. With 8 bits the ends
-    are kept exact, or they would add as much error as the codes.
+    below 8 bits minima and maxima are themselves quantized, in 8 bits and groups of 32. With 8 bits
+    they are kept exact, or they would add as much error as the codes.
 
     Parameters
     ----------

@@ -24,7 +24,7 @@ class Hybrid(Method):
     """Quantize the coefficients of the `rank` principal components of every head.
 
     Groups run along the tokens of one component, so that each component has steps of its own; below
-    8 bits their ends are themselves quantized, in 8 bits and groups of 32. The coefficients
+    8 bits minima and maxima are themselves quantized, in 8 bits and groups of 32. The coefficients
     farthest from zero, in standard deviations of their component, are kept exact and widen no group
     (dense and sparse, as in KVQuant, Hooper et al. 2024, arXiv 2401.18079).
 

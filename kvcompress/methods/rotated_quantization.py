@@ -49,29 +49,29 @@ class RotatedQuantization(Method):
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, head_dim = spec.shape
         gains = _gains(spec.dtype)
-        ends = TensorSpec((heads, *gains.ends_shape(tokens, 1)), spec.dtype)
+        ranges = TensorSpec((heads, *gains.range_shape(tokens, 1)), spec.dtype)
         return {
             "codes": TensorSpec((heads, *self._spec.codes_shape(tokens, head_dim)), "uint8"),
             "gain_codes": TensorSpec((heads, *gains.codes_shape(tokens, 1)), "uint8"),
-            "gain_lower": ends,
-            "gain_upper": ends,
+            "gain_min": ranges,
+            "gain_max": ranges,
         }
 
     def encode(self, x: Array, role: Role, dispatch: Dispatcher) -> Payload:
         dtype = dtype_name(x.dtype)
         codes, gain = dispatch(quantize_rotated, x, spec=self._spec)
         # Cast first: the gain of a token of 65504s, corrected, is a little more.
-        gain_codes, lower, upper = dispatch(
+        gain_codes, minimum, maximum = dispatch(
             quantize, dispatch(cast, gain, dtype=dtype), spec=_gains(dtype)
         )
-        return {"codes": codes, "gain_codes": gain_codes, "gain_lower": lower, "gain_upper": upper}
+        return {"codes": codes, "gain_codes": gain_codes, "gain_min": minimum, "gain_max": maximum}
 
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, dispatch: Dispatcher) -> Array:
         gain = dispatch(
             dequantize,
             payload["gain_codes"],
-            payload["gain_lower"],
-            payload["gain_upper"],
+            payload["gain_min"],
+            payload["gain_max"],
             spec=_gains(spec.dtype),
             channels=1,
         )

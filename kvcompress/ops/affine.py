@@ -1,8 +1,9 @@
 """Affine quantization: groups of values coded as integers between their minimum and maximum.
 
-A group stores its two ends, which are values of the source and so exact in the source's dtype.
+A group stores its minimum and its maximum, which are values of the source and so exact in the
+source's dtype.
 Everything is computed in float32, by the one recipe whose codes agree bit for bit on every library:
-``code = round_half_even((x - lower) * (qmax / (upper - lower)))``, clipped to ``[0, qmax]``.
+``code = round_half_even((x - minimum) * (qmax / (maximum - minimum)))``, clipped to ``[0, qmax]``.
 Per channel (groups along the tokens) suits keys, per token (groups along the channels) values:
 KIVI, Liu et al. 2024, arXiv 2402.02750, section 3.
 """
@@ -17,7 +18,7 @@ from kvcompress.ops.casting import cast
 from kvcompress.ops.packing import pack, packed_size, unpack
 
 TINY = 2.0**-100
-"""Ranges and ends below this count as zero: compilers differ in how they treat denormals."""
+"""Ranges and extremes below this count as zero: compilers differ in how they treat denormals."""
 
 
 @dataclass(frozen=True)
@@ -32,21 +33,22 @@ class AffineSpec:
         Values in a group; the last group of a row may be shorter.
     axis : {"channel", "token"}
         "channel": a group is `group_size` tokens of one channel; "token": the reverse.
-    ends_dtype : {"float16", "bfloat16", "float32"} or None
-        In what the two ends are stored; None stands for the source's dtype, which is lossless.
+    range_dtype : {"float16", "bfloat16", "float32"} or None
+        In what the minimum and the maximum are stored; None stands for the source's dtype, which
+        is lossless.
     """
 
     bits: int
     group_size: int
     axis: Literal["channel", "token"]
-    ends_dtype: str | None = None
+    range_dtype: str | None = None
 
     def codes_shape(self, tokens: int, channels: int) -> tuple[int, int]:
         """Shape ``[tokens, bytes]`` of the packed codes."""
         return tokens, packed_size(channels, self.bits)
 
-    def ends_shape(self, tokens: int, channels: int) -> tuple[int, int]:
-        """Shape of `lower` and of `upper`."""
+    def range_shape(self, tokens: int, channels: int) -> tuple[int, int]:
+        """Shape of `minimum` and of `maximum`."""
         if self.axis == "channel":
             return -(-tokens // self.group_size), channels
         return tokens, -(-channels // self.group_size)
@@ -64,18 +66,19 @@ def quantize(x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
     Returns
     -------
     codes : array ``[..., *spec.codes_shape(tokens, channels)]``, uint8
-    lower, upper : arrays ``[..., *spec.ends_shape(tokens, channels)]``
-        A value decodes to within half a step of itself, ``(upper - lower) / (2**bits - 1) / 2``,
-        plus what rounding the ends to `spec.ends_dtype` moved them.
+    minimum, maximum : arrays ``[..., *spec.range_shape(tokens, channels)]``
+        A value decodes to within half a step of itself,
+        ``(maximum - minimum) / (2**bits - 1) / 2``, plus what rounding the two to
+        `spec.range_dtype` moved them.
     """
     xp = array_namespace(x)
     *_, tokens, channels = x.shape
-    ends_dtype = spec.ends_dtype or dtype_name(x.dtype)
+    range_dtype = spec.range_dtype or dtype_name(x.dtype)
     axis = -2 if spec.axis == "channel" else -1
     groups = _group(xp, x, spec.group_size, axis)
-    lower, upper = (astype(_canonical(xp, end), ends_dtype) for end in extremes(groups, axis))
-    start = xp.expand_dims(astype(lower, "float32"), axis=axis)
-    extent = xp.expand_dims(astype(upper, "float32"), axis=axis) - start
+    minimum, maximum = (astype(_canonical(xp, a), range_dtype) for a in extremes(groups, axis))
+    start = xp.expand_dims(astype(minimum, "float32"), axis=axis)
+    extent = xp.expand_dims(astype(maximum, "float32"), axis=axis) - start
     qmax = float(2**spec.bits - 1)
     constant = extent < TINY
     # Array by array: PyTorch takes number / array for the number times a rounded reciprocal.
@@ -83,13 +86,13 @@ def quantize(x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
     inverse = xp.where(constant, 0.0, inverse)
     groups = (astype(groups, "float32") - start) * inverse
     groups = xp.astype(xp.clip(xp.round(groups), 0.0, qmax), xp.uint8)
-    return pack(_ungroup(xp, groups, tokens, channels, axis), spec.bits), lower, upper
+    return pack(_ungroup(xp, groups, tokens, channels, axis), spec.bits), minimum, maximum
 
 
 def dequantize(
     codes: Array,
-    lower: Array,
-    upper: Array,
+    minimum: Array,
+    maximum: Array,
     *,
     spec: AffineSpec,
     channels: int,
@@ -99,8 +102,8 @@ def dequantize(
 
     Parameters
     ----------
-    codes, lower, upper : arrays
-        As `quantize` returned them; the ends may have been rounded since.
+    codes, minimum, maximum : arrays
+        As `quantize` returned them; minimum and maximum may have been rounded since.
     spec : AffineSpec
     channels : int
     dtype : {"float16", "bfloat16", "float32"}
@@ -111,13 +114,13 @@ def dequantize(
     -------
     array ``[..., tokens, channels]`` of `dtype`
     """
-    xp = array_namespace(codes, lower, upper)
+    xp = array_namespace(codes, minimum, maximum)
     tokens = codes.shape[-2]
     axis = -2 if spec.axis == "channel" else -1
     codes = unpack(codes, spec.bits, channels)
     groups = _group(xp, xp.astype(codes, xp.float32), spec.group_size, axis)
-    start = xp.expand_dims(astype(lower, "float32"), axis=axis)
-    extent = xp.expand_dims(astype(upper, "float32"), axis=axis) - start
+    start = xp.expand_dims(astype(minimum, "float32"), axis=axis)
+    extent = xp.expand_dims(astype(maximum, "float32"), axis=axis) - start
     groups = groups * (extent * (1.0 / (2**spec.bits - 1))) + start
     return cast(_ungroup(xp, groups, tokens, channels, axis), dtype=dtype)
 
@@ -130,7 +133,7 @@ def _canonical(xp: Any, x: Array) -> Array:
 def _group(xp: Any, x: Array, size: int, axis: int) -> Array:
     """``[..., tokens, channels]`` with `axis` cut into ``[groups, size]``, or one shorter group.
 
-    A short last group is filled up with its own last value, which moves neither end.
+    A short last group is filled up with its own last value, which leaves its range alone.
     """
     n = x.shape[axis]
     size = max(1, min(size, n))

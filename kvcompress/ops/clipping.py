@@ -1,4 +1,4 @@
-"""Clipped ranges: with few bits, finer steps for most of a group outweigh what the ends lose."""
+"""Clipped ranges: with few bits, finer steps for most of a group outweigh a few large errors."""
 
 from __future__ import annotations
 
@@ -47,17 +47,19 @@ def clip_groups(x: Array, *, spec: AffineSpec) -> Array:
     xp = array_namespace(x)
     axis = -2 if spec.axis == "channel" else -1
     # Eight bits are bytes, which packing leaves alone.
-    codes, lower, upper = quantize(x, spec=replace(spec, bits=8))
-    lower, upper = astype(lower, "float32"), astype(upper, "float32")
-    best = xp.reshape(_best_cuts(xp.astype(codes, xp.int32), spec, axis), lower.shape)
+    codes, minimum, maximum = quantize(x, spec=replace(spec, bits=8))
+    minimum, maximum = astype(minimum, "float32"), astype(maximum, "float32")
+    best = xp.reshape(_best_cuts(xp.astype(codes, xp.int32), spec, axis), minimum.shape)
     low, high = best // len(CUTS), best % len(CUTS)
-    sixteenth = (upper - lower) / 16
+    sixteenth = (maximum - minimum) / 16
     for cut in CUTS[1:]:
         # One by one: a product by 3 would be rounded, or not, as the compiler likes.
-        lower = xp.where(low >= cut, lower + sixteenth, lower)
-        upper = xp.where(high >= cut, upper - sixteenth, upper)
-    lower, upper = (_spread(a, spec.group_size, axis, x.shape[axis]) for a in (lower, upper))
-    return xp.minimum(xp.maximum(astype(x, "float32"), lower), upper)
+        minimum = xp.where(low >= cut, minimum + sixteenth, minimum)
+        maximum = xp.where(high >= cut, maximum - sixteenth, maximum)
+    minimum, maximum = (
+        _spread(a, spec.group_size, axis, x.shape[axis]) for a in (minimum, maximum)
+    )
+    return xp.minimum(xp.maximum(astype(x, "float32"), minimum), maximum)
 
 
 @cache
@@ -95,8 +97,8 @@ def _best_cuts(codes: Array, spec: AffineSpec, axis: int) -> Array:
     return map_blocks(block, at_a_time, xp.reshape(codes, (groups, size, inner)))
 
 
-def _spread(ends: Array, size: int, axis: int, n: int) -> Array:
-    """Repeat the end of every group for its members."""
-    xp = array_namespace(ends)
-    spread = xp.repeat(ends, min(size, n), axis=axis)
+def _spread(x: Array, size: int, axis: int, n: int) -> Array:
+    """Repeat what every group has one of for its members."""
+    xp = array_namespace(x)
+    spread = xp.repeat(x, min(size, n), axis=axis)
     return spread[..., :n, :] if axis == -2 else spread[..., :n]

@@ -126,12 +126,12 @@ def cases() -> Iterator[Case]:
         if channels & (channels - 1) == 0:
             yield Case("quantize_rotated_paged", paged, {"spec": RotatedSpec(4, 0)})
     x = 2.0**-99 * (1 + np.random.default_rng(next(seeds)).integers(0, 9, (2, 40, 16)) * 2.0**-23)
-    for axis in _AXES:  # ranges that count as none, between ends that count
+    for axis in _AXES:  # ranges that count as none, between extremes that count
         yield Case("quantize", (x.astype("float32"),), {"spec": AffineSpec(4, 16, axis)})
-    for ends_dtype, axis in itertools.product(FLOATING[:2], _AXES):
-        # So far from zero that the ends, rounded, leave values outside.
+    for range_dtype, axis in itertools.product(FLOATING[:2], _AXES):
+        # So far from zero that minimum and maximum, rounded, leave values outside.
         x = _tensor((3, 65, 16), "float32", seed=next(seeds), extreme=False) / 16 + 300
-        yield Case("quantize", (x,), {"spec": AffineSpec(4, 16, axis, ends_dtype)})
+        yield Case("quantize", (x,), {"spec": AffineSpec(4, 16, axis, range_dtype)})
     for (_, vectors, dim), size in itertools.product(_SHAPES[:-1], (2, 3, 256)):
         x = _tensor((vectors, dim), "float32", seed=next(seeds), extreme=False)
         codebook = _tensor((size, dim), "float32", seed=next(seeds), extreme=False)
@@ -156,10 +156,10 @@ def cases() -> Iterator[Case]:
         x = _tensor(shape, "float32", seed=next(seeds))
         for bits in (1, 2 * channels + 1, 8 * channels):
             variances = np.random.default_rng(next(seeds)).random((heads, channels), "float32")
-            depths = to_host(ops.allocate(variances, bits))
-            yield Case("quantize_allocated", (x, depths), {"bits": bits})
-            packed = to_host(ops.quantize_allocated(x, depths, bits=bits))
-            yield Case("dequantize_allocated", (packed, depths), {"bits": bits}, _equal)
+            component_bits = to_host(ops.allocate(variances, bits))
+            yield Case("quantize_allocated", (x, component_bits), {"bits": bits})
+            packed = to_host(ops.quantize_allocated(x, component_bits, bits=bits))
+            yield Case("dequantize_allocated", (packed, component_bits), {"bits": bits}, _equal)
 
 
 def check(backend: Backend, case: Case, *, asarray: Callable[[Any], Array] = np.asarray) -> bool:
@@ -271,9 +271,11 @@ def _dequantized(case: Case, got: tuple[Any, ...], expected: tuple[Any, ...]) ->
     # Four roundings relative to the extent and one to the sum, on either side; a fused
     # multiply-add only leaves some out.
     spec, (a,), (b,) = case.static["spec"], got, expected
-    lower, upper = (end.astype("float64") for end in case.arrays[1:])
+    minimum, maximum = (a.astype("float64") for a in case.arrays[1:])
     unit = 2.0**-24
-    bound = 2 * unit * (5 * (upper - lower) + np.maximum(abs(lower), abs(upper))) + 2.0**-126
+    bound = (
+        2 * unit * (5 * (maximum - minimum) + np.maximum(abs(minimum), abs(maximum))) + 2.0**-126
+    )
     axis = -2 if spec.axis == "channel" else -1
     bound = np.repeat(bound, spec.group_size, axis=axis)[..., : b.shape[-2], : b.shape[-1]]
     _close(case, a, b, bound)

@@ -127,11 +127,11 @@ def calls(array: Callable[[Any], Array], shape: tuple[int, int, int]) -> Iterato
     del books, codes
     total = 3 * channels
     variances = array(normal((heads, channels), "float32", seed=5) ** 2)
-    depths = ops.allocate(variances, total)
+    component_bits = ops.allocate(variances, total)
     static = {"bits": total}
-    yield Call("quantize_allocated", "", "float32", "3", (x, depths), static)
+    yield Call("quantize_allocated", "", "float32", "3", (x, component_bits), static)
     packed = array(_codes((heads, tokens, packed_size(total, 1)), seed=9))
-    yield Call("dequantize_allocated", "", "float32", "3", (packed, depths), static)
+    yield Call("dequantize_allocated", "", "float32", "3", (packed, component_bits), static)
 
 
 def normal(shape: tuple[int, ...], dtype: str, *, seed: int) -> np.ndarray[Any, Any]:

@@ -93,9 +93,9 @@ def test_leaves_what_needs_a_gradient():
     with torch.no_grad():
         assert backend.supports("quantize", x, spec=SPEC)
         assert torch.equal(backend.quantize(x, spec=SPEC)[0], ops.quantize(x, spec=SPEC)[0])
-    codes, lower, upper = ops.quantize(x.detach(), spec=SPEC)
-    lower.requires_grad_()
-    assert not backend.supports("dequantize", codes, lower, upper, spec=SPEC, channels=32)
+    codes, minimum, maximum = ops.quantize(x.detach(), spec=SPEC)
+    minimum.requires_grad_()
+    assert not backend.supports("dequantize", codes, minimum, maximum, spec=SPEC, channels=32)
 
 
 UNREADABLE = {

@@ -133,10 +133,10 @@ def test_scaling_by_a_power_of_two_scales_the_gain_alone(x, power):
 
 def decode_in_float64(payload, method, n):
     codes = oracle.unpack_rows(payload["codes"], method.bits, n)
-    lower, upper = (payload[f"gain_{end}"].astype("float64") for end in ("lower", "upper"))
+    minimum, maximum = (payload[f"gain_{name}"].astype("float64") for name in ("min", "max"))
     tokens = codes.shape[1]
-    lower, upper = (np.repeat(a, 32, axis=1)[:, :tokens] for a in (lower, upper))
-    gain = lower + payload["gain_codes"] * (upper - lower) / 255
+    minimum, maximum = (np.repeat(a, 32, axis=1)[:, :tokens] for a in (minimum, maximum))
+    gain = minimum + payload["gain_codes"] * (maximum - minimum) / 255
     matrix = hadamard(np.eye(n, dtype="float32"), seed=method.seed).astype("float64")
     return levels(method.bits).astype("float64")[codes] * gain @ matrix.T, gain
 

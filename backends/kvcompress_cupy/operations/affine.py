@@ -36,10 +36,10 @@ class Affine(Kernels):
         if slots is not None:
             tokens = slots.shape[0]
         dtype = dtype_name(x.dtype)
-        ends_dtype = spec.ends_dtype or dtype
-        ends = (*lead, *spec.ends_shape(tokens, channels))
+        range_dtype = spec.range_dtype or dtype
+        ranges = (*lead, *spec.range_shape(tokens, channels))
         codes = self._runtime.empty((*lead, *spec.codes_shape(tokens, channels)), "uint8", x)
-        lower, upper = (self._runtime.empty(ends, ends_dtype, x) for _ in range(2))
+        minimum, maximum = (self._runtime.empty(ranges, range_dtype, x) for _ in range(2))
         if codes.size:
             x, rows = self._rows(x, slots)
             token = spec.axis == "token"
@@ -47,17 +47,17 @@ class Affine(Kernels):
                 rows,
                 spec=spec,
                 dtype=dtype,
-                ends_dtype=ends_dtype,
+                range_dtype=range_dtype,
                 aligned=rows.aligned(self._runtime.pointer(x), x.dtype.itemsize),
             )
-            self._runtime.launch(launch, x, slots, codes, lower, upper)
-        return codes, lower, upper
+            self._runtime.launch(launch, x, slots, codes, minimum, maximum)
+        return codes, minimum, maximum
 
     def _supports_dequantize(
         self,
         codes: Array,
-        lower: Array,
-        upper: Array,
+        minimum: Array,
+        maximum: Array,
         *,
         spec: AffineSpec,
         channels: int,
@@ -65,8 +65,8 @@ class Affine(Kernels):
     ) -> bool:
         return (
             dtype in CTYPES
-            and dtype_name(lower.dtype) in CTYPES
-            and lower.dtype == upper.dtype
+            and dtype_name(minimum.dtype) in CTYPES
+            and minimum.dtype == maximum.dtype
             and channels <= CHANNELS
             and _has_template(spec, codes.shape[-2], channels)
         )
@@ -74,8 +74,8 @@ class Affine(Kernels):
     def dequantize(
         self,
         codes: Array,
-        lower: Array,
-        upper: Array,
+        minimum: Array,
+        maximum: Array,
         *,
         spec: AffineSpec,
         channels: int,
@@ -85,26 +85,26 @@ class Affine(Kernels):
         out = self._runtime.empty((*codes.shape[:-1], channels), dtype, codes)
         if out.size:
             codes, rows = self._rows(codes)
-            lower, ends = self._rows(lower)
-            upper, upper_ends = self._rows(upper)
-            if ends != upper_ends:
-                lower, ends = self._rows(self._runtime.contiguous(lower))
-                upper, _ = self._rows(self._runtime.contiguous(upper))
+            minimum, ranges = self._rows(minimum)
+            maximum, maximum_rows = self._rows(maximum)
+            if ranges != maximum_rows:
+                minimum, ranges = self._rows(self._runtime.contiguous(minimum))
+                maximum, _ = self._rows(self._runtime.contiguous(maximum))
             launch = affine.dequantize(
                 rows,
-                ends,
+                ranges,
                 spec=spec,
                 channels=channels,
                 dtype=dtype,
-                ends_dtype=dtype_name(lower.dtype),
+                range_dtype=dtype_name(minimum.dtype),
                 aligned=rows.aligned(self._runtime.pointer(codes), 1, 4),
             )
-            self._runtime.launch(launch, codes, lower, upper, out)
+            self._runtime.launch(launch, codes, minimum, maximum, out)
         return out
 
 
 def _supported(x: Array, tokens: int, spec: AffineSpec) -> bool:
-    dtypes, channels = {dtype_name(x.dtype), spec.ends_dtype or dtype_name(x.dtype)}, x.shape[-1]
+    dtypes, channels = {dtype_name(x.dtype), spec.range_dtype or dtype_name(x.dtype)}, x.shape[-1]
     limit = affine.COLUMNS if spec.axis == "channel" else CHANNELS
     return (
         dtypes <= set(CTYPES)

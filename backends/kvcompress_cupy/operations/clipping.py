@@ -16,7 +16,7 @@ class Clipping(Kernels):
 
     def _supports_clip_groups(self, x: Array, *, spec: AffineSpec) -> bool:
         *_, tokens, channels = x.shape
-        dtypes = {dtype_name(x.dtype), spec.ends_dtype or dtype_name(x.dtype)}
+        dtypes = {dtype_name(x.dtype), spec.range_dtype or dtype_name(x.dtype)}
         length = channels if spec.axis == "token" else tokens
         return (
             dtypes <= set(CTYPES)
@@ -39,7 +39,7 @@ class Clipping(Kernels):
                 rows,
                 spec=spec,
                 dtype=dtype,
-                ends_dtype=spec.ends_dtype or dtype,
+                range_dtype=spec.range_dtype or dtype,
                 aligned=rows.aligned(self._runtime.pointer(x), x.dtype.itemsize, width),
             )
             self._runtime.launch(launch, x, out)
