@@ -19,10 +19,17 @@ from kvcompress.compressor.cache import (
 from kvcompress.compressor.tensor import decode, encode, readable, split_spec
 from kvcompress.compressor.validation import check_dtypes, check_finite, check_shapes
 from kvcompress.cross_layer.transform import CrossLayerTransform
-from kvcompress.errors import DTypeError, LayoutError, SettingError, ShapeError, check_integer
+from kvcompress.errors import (
+    DTypeError,
+    LayoutError,
+    SettingError,
+    ShapeError,
+    check_choice,
+    check_integer,
+    normalize,
+)
 from kvcompress.methods.base import Method, Role
-
-QUANT_BITS = (2, 3, 4, 8)
+from kvcompress.ops.packing import CODE_BITS
 
 
 class KVCache(Protocol):
@@ -102,10 +109,12 @@ class KVCacheCompressor:
                 raise SettingError(
                     f"{name} must be a Method such as LowRank(rank=32), got {value!r}"
                 )
-        if type(self.quant_bits) is not int or self.quant_bits not in QUANT_BITS:
-            raise SettingError(f"quant_bits must be 2, 3, 4 or 8, got {self.quant_bits!r}")
-        check_integer("sinks", self.sinks, 0)
-        check_integer("window", self.window, 0)
+        normalize(
+            self,
+            quant_bits=check_choice("quant_bits", self.quant_bits, CODE_BITS, "2, 3, 4 or 8"),
+            sinks=check_integer("sinks", self.sinks, 0),
+            window=check_integer("window", self.window, 0),
+        )
         if self.nonfinite not in ("raise", "saturate"):
             raise SettingError(f'nonfinite must be "raise" or "saturate", got {self.nonfinite!r}')
 

@@ -10,11 +10,11 @@ from kvcompress.compressor.compressor import KVCacheCompressor
 from kvcompress.cross_layer.calibration import CrossLayerCalibration
 from kvcompress.cross_layer.transform import CrossLayerTransform
 from kvcompress.methods import GroupQuantization, Method, RotatedQuantization, TransformCoding
-from kvcompress.methods.group_quantization import BITS
+from kvcompress.ops.packing import CODE_BITS
 from kvcompress.plan import plan
 
 _RATES: Mapping[str, tuple[Callable[[Any], Method], tuple[int, ...]]] = {
-    GroupQuantization.__name__: (GroupQuantization, BITS),
+    GroupQuantization.__name__: (GroupQuantization, CODE_BITS),
     RotatedQuantization.__name__: (RotatedQuantization, tuple(range(1, 9))),
 }
 

@@ -8,13 +8,12 @@ from typing import Literal, Self
 
 from kvcompress.arrays import Array, dtype_name
 from kvcompress.backend import Dispatcher
-from kvcompress.errors import SettingError, check_integer
+from kvcompress.errors import SettingError, check_choice, check_integer, normalize
 from kvcompress.methods import _grouped
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.clipping import clip_groups
-
-BITS = (2, 3, 4, 8)
+from kvcompress.ops.packing import CODE_BITS
 
 
 @dataclass(frozen=True)
@@ -49,9 +48,8 @@ class GroupQuantization(Method):
     value_axis: Literal["channel", "token"] = "token"
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in (0, *BITS):
-            raise SettingError(f"bits must be 2, 3, 4, 8, or 0 for quant_bits, got {self.bits!r}")
-        check_integer("group_size", self.group_size, 2)
+        bits = check_choice("bits", self.bits, (0, *CODE_BITS), "2, 3, 4, 8, or 0 for quant_bits")
+        normalize(self, bits=bits, group_size=check_integer("group_size", self.group_size, 2))
         for name in ("key_axis", "value_axis"):
             axis = getattr(self, name)
             if axis not in ("channel", "token"):

@@ -9,7 +9,7 @@ from typing import Self
 
 from kvcompress.arrays import Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Dispatcher
-from kvcompress.errors import SettingError, check_fraction, check_integer
+from kvcompress.errors import SettingError, check_fraction, check_integer, normalize
 from kvcompress.methods import _grouped
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.methods.low_rank import basis_spec
@@ -52,10 +52,13 @@ class Hybrid(Method):
     outliers: float = 0.001
 
     def __post_init__(self) -> None:
-        check_integer("rank", self.rank, 1)
-        check_integer("quant_bits", self.quant_bits, 0, 8)
-        check_integer("group_size", self.group_size, 2)
-        check_fraction("outliers", self.outliers)
+        normalize(
+            self,
+            rank=check_integer("rank", self.rank, 1),
+            quant_bits=check_integer("quant_bits", self.quant_bits, 0, 8),
+            group_size=check_integer("group_size", self.group_size, 2),
+            outliers=check_fraction("outliers", self.outliers),
+        )
 
     def bind(self, quant_bits: int) -> Self:
         return self if self.quant_bits else replace(self, quant_bits=quant_bits)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from kvcompress.arrays import Array, dtype_name
 from kvcompress.backend import Dispatcher
-from kvcompress.errors import check_integer
+from kvcompress.errors import check_integer, normalize
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
 from kvcompress.ops.casting import cast
@@ -43,8 +43,8 @@ class RotatedQuantization(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_integer("bits", self.bits, 1, 8)
-        check_integer("seed", self.seed, 0)
+        bits = check_integer("bits", self.bits, 1, 8)
+        normalize(self, bits=bits, seed=check_integer("seed", self.seed, 0))
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, head_dim = spec.shape

@@ -26,6 +26,15 @@ CUTS = (0, 1, 2, 3)
 ERRORS = 2**20
 """Errors held at a time."""
 
+LONGEST = 2**16
+"""Values of a group whose errors int32 can add up for any number of bits; no error exceeds 2**14.
+
+Kernels take no longer groups. The generic form adds them up part by part.
+"""
+
+_LOW = 15
+"""Bits of a sum that are added up apart from the higher ones, of longer groups."""
+
 
 def clip_groups(x: Array, *, spec: AffineSpec) -> Array:
     """Clip every group of `x` to the range in which `quantize` has the least squared error.
@@ -64,10 +73,7 @@ def clip_groups(x: Array, *, spec: AffineSpec) -> Array:
 
 @cache
 def errors(bits: int) -> np.ndarray:
-    """Squared error of all 256 values for all pairs of cuts, ``[pairs, 256]``, in 2**-16 range**2.
-
-    Sums over groups of up to 2**19 values fit int32.
-    """
+    """Squared error of all 256 values for all pairs of cuts, ``[pairs, 256]``, in 2**-16 range**2."""
     pairs = np.array(list(itertools.product(CUTS, CUTS)))
     start, stop = pairs[:, :1] / 16, 1 - pairs[:, 1:] / 16
     step = (stop - start) / (2**bits - 1)
@@ -81,20 +87,47 @@ def _best_cuts(codes: Array, spec: AffineSpec, axis: int) -> Array:
     xp, size = array_namespace(codes), max(1, min(spec.group_size, codes.shape[axis]))
     # One row for a code, so that what is added are rows; the last, without errors, is for gaps.
     table = np.pad(errors(spec.bits), ((0, 0), (0, 1))).T
-    gap = list(codes.shape)
-    gap[axis] = -codes.shape[axis] % size
-    if gap[axis]:
-        nothing = xp.full(tuple(gap), table.shape[0] - 1, dtype=xp.int32, device=device(codes))
-        codes = xp.concat([codes, nothing], axis=axis)
+    codes = _fill_up(codes, size, axis, table.shape[0] - 1)
     inner = codes.shape[-1] if axis == -2 else 1
     groups = math.prod(codes.shape) // max(1, size * inner)
+    codes = xp.reshape(codes, (groups, size, inner))
     rows = xp.asarray(np.ascontiguousarray(table), device=device(codes))
 
-    def block(codes: Array) -> Array:
-        return first_largest(-xp.sum(look_up(rows, codes), axis=1, dtype=xp.int32))
+    def sums(codes: Array) -> Array:
+        return xp.sum(look_up(rows, codes), axis=1, dtype=xp.int32)
 
-    at_a_time = max(1, ERRORS // max(1, size * inner * table.shape[1]))
-    return map_blocks(block, at_a_time, xp.reshape(codes, (groups, size, inner)))
+    def block(codes: Array) -> Array:
+        return first_largest(-sums(codes))
+
+    at_a_time = max(1, ERRORS // max(1, min(size, LONGEST) * inner * table.shape[1]))
+    if size <= LONGEST:
+        return map_blocks(block, at_a_time, codes)
+    codes = _fill_up(codes, LONGEST, -2, table.shape[0] - 1)
+    parts = codes.shape[1] // LONGEST
+    found = map_blocks(sums, at_a_time, xp.reshape(codes, (groups * parts, LONGEST, inner)))
+    return _least_sum(xp.reshape(found, (groups, parts, inner, table.shape[1])))
+
+
+def _fill_up(codes: Array, size: int, axis: int, code: int) -> Array:
+    """Lengthen an axis by `code` to a multiple of `size`."""
+    xp, gap = array_namespace(codes), list(codes.shape)
+    gap[axis] = -codes.shape[axis] % size
+    if not gap[axis]:
+        return codes
+    nothing = xp.full(tuple(gap), code, dtype=xp.int32, device=device(codes))
+    return xp.concat([codes, nothing], axis=axis)
+
+
+def _least_sum(parts: Array) -> Array:
+    """Position of the least sum over axis 1 along the last axis, the first of equals.
+
+    The sums need not fit int32: their lower bits are added up apart. They must fit 46 bits.
+    """
+    xp = array_namespace(parts)
+    low = xp.sum(parts % 2**_LOW, axis=1, dtype=xp.int32)
+    high = xp.sum(parts >> _LOW, axis=1, dtype=xp.int32) + (low >> _LOW)
+    least = high == xp.min(high, axis=-1, keepdims=True)
+    return first_largest(-xp.where(least, low % 2**_LOW, 2**_LOW))
 
 
 def _spread(x: Array, size: int, axis: int, n: int) -> Array:

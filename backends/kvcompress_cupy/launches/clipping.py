@@ -15,9 +15,6 @@ from kvcompress_cupy.sources import CTYPES, name
 TABLE = 257 * 128
 """Bytes of the table of errors, in shared memory."""
 
-GROUP = 2**16
-"""Most values of a group: 16 times the sum of their errors fits 32 bits."""
-
 _EACH = 8  # values of a group that a thread takes at a time
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvcompress.arrays import Array, dtype_name
 from kvcompress.ops.affine import AffineSpec
+from kvcompress.ops.clipping import LONGEST
 from kvcompress_cupy.launches import affine, clipping
 from kvcompress_cupy.launches.layout import CHANNELS
 from kvcompress_cupy.operations.base import Kernels
@@ -24,7 +25,7 @@ class Clipping(Kernels):
             and channels <= CHANNELS
             and tokens < 2**31
             and affine.has_template(spec.group_size, length)
-            and min(spec.group_size, length) <= clipping.GROUP
+            and min(spec.group_size, length) <= LONGEST
         )
 
     def clip_groups(self, x: Array, *, spec: AffineSpec) -> Array:
