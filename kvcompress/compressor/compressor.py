@@ -7,7 +7,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from kvcompress.arrays import FLOATING, Array, array_namespace
-from kvcompress.backend import select
+from kvcompress.backend import Dispatcher, select
 from kvcompress.compressed.cache import CompressedCache
 from kvcompress.compressed.kv import CompressedKV, KVLayout
 from kvcompress.compressor.cache import (
@@ -78,8 +78,10 @@ class KVCacheCompressor:
     nonfinite : {"raise", "saturate"}
         What NaN, infinities and magnitudes above 2**120 become: an error (as far as values can be
         looked at: not under ``jax.jit``), or zero and the largest magnitude of that sign.
-    backend : str, optional
-        "auto", "generic" or a backend's name; None asks ``KVCOMPRESS_BACKEND``, then is "auto".
+    backend : str or Dispatcher, optional
+        "auto", "generic" or a backend's name; None asks ``KVCOMPRESS_BACKEND``, then is "auto". A
+        name is looked up by every call, so a pickled compressor uses what there is where it is
+        loaded. A `kvcompress.backend.Dispatcher` is used as it is, and pickled with its backends.
 
     Raises
     ------
@@ -94,7 +96,7 @@ class KVCacheCompressor:
     sinks: int = 0
     window: int = 0
     nonfinite: Literal["raise", "saturate"] = "raise"
-    backend: str | None = None
+    backend: str | Dispatcher | None = None
 
     def __post_init__(self) -> None:
         for name in ("method", "value_method"):

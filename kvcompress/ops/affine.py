@@ -10,15 +10,32 @@ KIVI, Liu et al. 2024, arXiv 2402.02750, section 3.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from kvcompress.arrays import Array, array_namespace, astype, dtype_name, extremes
+import numpy as np
+
+from kvcompress.arrays import (
+    FLOATING,
+    Array,
+    HostArray,
+    array_namespace,
+    astype,
+    dtype_name,
+    extremes,
+)
 from kvcompress.ops.casting import cast
-from kvcompress.ops.packing import pack, packed_size, unpack
+from kvcompress.ops.inputs import Call, Inputs
+from kvcompress.ops.packing import CODE_BITS, pack, packed_size, unpack
+from kvcompress.ops.registry import Rounded, operation
 
 TINY = 2.0**-100
 """Ranges and extremes below this count as zero: compilers differ in how they treat denormals."""
+
+
+AXES: tuple[Literal["channel", "token"], ...] = ("channel", "token")
+"""What a group can be of; see `AffineSpec`."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +71,32 @@ class AffineSpec:
         return tokens, -(-channels // self.group_size)
 
 
+def _specs(inputs: Inputs) -> Iterator[tuple[AffineSpec, str]]:
+    """Settings, and what tables call them."""
+    for bits in inputs.choose(every=(1, 2, 3, 4, 8), usual=CODE_BITS, typical=(4,)):
+        for size in inputs.choose(every=(16, 64), usual=(64,)):
+            for axis in AXES:
+                yield AffineSpec(bits, size, axis), f"{bits} bits, {size} a group, per {axis}"
+
+
+def _quantize_examples(inputs: Inputs) -> Iterator[Call]:
+    x = inputs.tensor()
+    for spec, label in _specs(inputs):
+        yield Call((x,), {"spec": spec}, label)
+    if (inputs.level, inputs.dtype) != ("every", "float32"):
+        return
+    # Ranges that count as none, between extremes that count; and so far from zero that minimum and
+    # maximum, rounded, leave values outside.
+    tiny = (inputs.integers(inputs.shape, 9, "float32") * 2.0**-23 + 1.0) * 2.0**-99
+    far = inputs.tensor(extreme=False) / 16 + 300.0
+    for spec, _ in _specs(inputs):
+        if (spec.bits, spec.group_size) == (4, 16):
+            yield Call((tiny,), {"spec": spec})
+            for range_dtype in FLOATING[:2]:
+                yield Call((far,), {"spec": AffineSpec(4, 16, spec.axis, range_dtype)})
+
+
+@operation(_quantize_examples, paged=True)
 def quantize(x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
     """Quantize and pack.
 
@@ -89,6 +132,33 @@ def quantize(x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
     return pack(_ungroup(xp, groups, tokens, channels, axis), spec.bits), minimum, maximum
 
 
+def _dequantize_examples(inputs: Inputs) -> Iterator[Call]:
+    x = inputs.tensor()
+    for spec, label in _specs(inputs):
+        arrays = quantize(x, spec=spec)
+        dtypes = inputs.choose(
+            every=FLOATING if spec.bits == 4 else ("float32",), usual=(inputs.dtype,)
+        )
+        for dtype in dtypes:
+            static = {"spec": spec, "channels": inputs.channels, "dtype": dtype}
+            yield Call(arrays, static, label, source=x)
+
+
+def _dequantize_bound(call: Call) -> HostArray:
+    """Four roundings relative to the extent and one to the sum, on either side.
+
+    A fused multiply-add only leaves some out.
+    """
+    codes, minimum, maximum = (a.astype("float64") for a in call.arrays)
+    spec, shape = call.static["spec"], (codes.shape[-2], call.static["channels"])
+    largest = np.maximum(abs(minimum), abs(maximum))
+    bound = 2 * 2.0**-24 * (5 * (maximum - minimum) + largest) + 2.0**-126
+    axis = -2 if spec.axis == "channel" else -1
+    repeated: HostArray = np.repeat(bound, spec.group_size, axis=axis)
+    return repeated[..., : shape[0], : shape[1]]
+
+
+@operation(_dequantize_examples, Rounded(_dequantize_bound))
 def dequantize(
     codes: Array,
     minimum: Array,

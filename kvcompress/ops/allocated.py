@@ -8,9 +8,12 @@ static; which component gets them is data, so all shapes are static.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from kvcompress.arrays import Array, array_namespace, device, look_up, map_blocks
+from kvcompress.ops.inputs import Call, Inputs
 from kvcompress.ops.lloyd_max import (
     CELLS_PER_UNIT,
     LARGEST,
@@ -21,6 +24,7 @@ from kvcompress.ops.lloyd_max import (
 )
 from kvcompress.ops.outliers import largest
 from kvcompress.ops.packing import pack, unpack
+from kvcompress.ops.registry import SameValues, operation
 
 DEEPEST = 8
 """Bits that one component can get."""
@@ -55,6 +59,16 @@ def allocate(variances: Array, bits: int) -> Array:
     return xp.astype(xp.sum(xp.astype(chosen, xp.int32), axis=1), xp.uint8)
 
 
+def _quantize_examples(inputs: Inputs) -> Iterator[Call]:
+    heads, _, channels = inputs.shape
+    x, variances = inputs.tensor(), inputs.tensor((heads, channels), extreme=False) ** 2
+    every = (1, 2 * channels + 1, DEEPEST * channels)
+    for bits in inputs.choose(every=every, usual=(3 * channels,)):
+        label = f"{bits / channels:g} bits a value"
+        yield Call((x, allocate(variances, bits)), {"bits": bits}, label)
+
+
+@operation(_quantize_examples, dtypes=("float32",))
 def quantize_allocated(x: Array, component_bits: Array, *, bits: int) -> Array:
     """Quantize to the Lloyd-Max levels for normal numbers, and pack.
 
@@ -87,11 +101,19 @@ def quantize_allocated(x: Array, component_bits: Array, *, bits: int) -> Array:
     return xp.permute_dims(map_blocks(block, count, xp.permute_dims(x, (1, 0, 2))), (1, 0, 2))
 
 
+def _dequantize_examples(inputs: Inputs) -> Iterator[Call]:
+    for call in _quantize_examples(inputs):
+        x, component_bits = call.arrays
+        packed = quantize_allocated(x, component_bits, **call.static)
+        yield Call((packed, component_bits), call.static, call.label, source=x)
+
+
 def round_allocated(x: Array, component_bits: Array) -> Array:
     """What `dequantize_allocated` makes of what `quantize_allocated` makes of `x`, at once."""
     return _looked_up(all_rounded(), x, component_bits)
 
 
+@operation(_dequantize_examples, SameValues(), dtypes=("float32",))
 def dequantize_allocated(packed: Array, component_bits: Array, *, bits: int) -> Array:
     """Undo `quantize_allocated`.
 

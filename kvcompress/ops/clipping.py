@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -18,7 +19,9 @@ from kvcompress.arrays import (
     look_up,
     map_blocks,
 )
-from kvcompress.ops.affine import AffineSpec, quantize
+from kvcompress.ops.affine import AXES, AffineSpec, quantize
+from kvcompress.ops.inputs import Call, Inputs
+from kvcompress.ops.registry import SameValues, operation
 
 CUTS = (0, 1, 2, 3)
 """How many sixteenths of its range a group may lose at either end."""
@@ -36,6 +39,16 @@ _LOW = 15
 """Bits of a sum that are added up apart from the higher ones, of longer groups."""
 
 
+def _examples(inputs: Inputs) -> Iterator[Call]:
+    x = inputs.tensor()
+    for bits in inputs.choose(every=(1, 2, 3), usual=(2,)):
+        for size in inputs.choose(every=(16, 64), usual=(64,)):
+            for axis in AXES:
+                label = f"{bits} bits, {size} a group, per {axis}"
+                yield Call((x,), {"spec": AffineSpec(bits, size, axis)}, label)
+
+
+@operation(_examples, SameValues())
 def clip_groups(x: Array, *, spec: AffineSpec) -> Array:
     """Clip every group of `x` to the range in which `quantize` has the least squared error.
 
@@ -73,7 +86,7 @@ def clip_groups(x: Array, *, spec: AffineSpec) -> Array:
 
 @cache
 def errors(bits: int) -> np.ndarray:
-    """Squared error of all 256 values for all pairs of cuts, ``[pairs, 256]``, in 2**-16 range**2."""
+    """Squared error of 256 values for all pairs of cuts, ``[pairs, 256]``, in 2**-16 range**2."""
     pairs = np.array(list(itertools.product(CUTS, CUTS)))
     start, stop = pairs[:, :1] / 16, 1 - pairs[:, 1:] / 16
     step = (stop - start) / (2**bits - 1)

@@ -13,7 +13,7 @@ from functools import cache
 from kvcompress.arrays import Array, array_namespace, device
 
 CODE_BITS = (2, 3, 4, 8)
-"""Widths of codes for which there are kernels, and which methods offer where others bring little."""
+"""Widths of codes for which there are kernels, and which methods offer as a choice."""
 
 
 def code_dtype(bits: int) -> str:

@@ -7,11 +7,15 @@ the decoded token closest to it: ``<y, c> / <c, c>`` for the rotated token y and
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from kvcompress.arrays import (
     Array,
+    HostArray,
     array_namespace,
     astype,
     device,
@@ -22,8 +26,10 @@ from kvcompress.arrays import (
 from kvcompress.ops.affine import TINY
 from kvcompress.ops.casting import cast
 from kvcompress.ops.hadamard import hadamard, inverse_hadamard
+from kvcompress.ops.inputs import Call, Inputs
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
-from kvcompress.ops.packing import pack, packed_size, unpack
+from kvcompress.ops.packing import CODE_BITS, pack, packed_size, unpack
+from kvcompress.ops.registry import Rounded, operation
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,21 @@ class RotatedSpec:
         return tokens, packed_size(channels, self.bits)
 
 
+def _specs(inputs: Inputs) -> Iterator[tuple[RotatedSpec, str]]:
+    """Settings, and what tables call them."""
+    for bits in inputs.choose(every=range(1, 9), usual=CODE_BITS, typical=(4,)):
+        for seed in inputs.choose(every=(0, 7), usual=(0,)):
+            yield RotatedSpec(bits, seed), f"{bits} bits, rotated"
+
+
+def _quantize_examples(inputs: Inputs) -> Iterator[Call]:
+    x, power_of_two = inputs.tensor(), inputs.channels & (inputs.channels - 1) == 0
+    for spec, label in _specs(inputs):
+        if power_of_two or inputs.level != "every":  # or libraries need not agree
+            yield Call((x,), {"spec": spec}, label)
+
+
+@operation(_quantize_examples, paged=True)
 def quantize_rotated(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
     """Rotate, quantize and pack.
 
@@ -91,6 +112,28 @@ def _quantize_rows(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
     return pack(codes, spec.bits), xp.where(zero, 0.0, gain)
 
 
+def _dequantize_examples(inputs: Inputs) -> Iterator[Call]:
+    x = inputs.tensor()
+    for spec, label in _specs(inputs):
+        static = {"spec": spec, "channels": inputs.channels, "dtype": inputs.dtype}
+        yield Call(quantize_rotated(x, spec=spec), static, label, source=x)
+
+
+def _dequantize_bound(call: Call) -> HostArray:
+    """Every output is a sum of all levels with weights of at most ``sqrt(2 / n)``, times the gain.
+
+    There is one rounding for each round of the fast part, one for each term of the odd part, and
+    four more.
+    """
+    n, (codes, gain) = call.static["channels"], call.arrays
+    power = n & -n
+    roundings = n // power + power.bit_length() + 3
+    largest = n * float(levels(call.static["spec"].bits)[-1]) * (2 / n) ** 0.5
+    bound = 2 * roundings * 2.0**-24 * gain.astype("float64") * largest + 2.0**-126
+    return np.broadcast_to(bound, (*codes.shape[:-1], n))
+
+
+@operation(_dequantize_examples, Rounded(_dequantize_bound))
 def dequantize_rotated(
     codes: Array, gain: Array, *, spec: RotatedSpec, channels: int, dtype: str = "float32"
 ) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvcompress.arrays import Array, dtype_name
+from kvcompress.backend import takes
 from kvcompress.ops.affine import AffineSpec
 from kvcompress_cupy.launches import affine
 from kvcompress_cupy.launches.layout import CHANNELS
@@ -10,19 +11,41 @@ from kvcompress_cupy.operations.base import Kernels, by_heads, in_place
 from kvcompress_cupy.sources import BITS, CTYPES
 
 
+def _takes_quantize(x: Array, *, spec: AffineSpec) -> bool:
+    return _supported(x, x.shape[-2], spec)
+
+
+def _takes_quantize_paged(pool: Array, slots: Array, *, spec: AffineSpec) -> bool:
+    return in_place(pool, slots) and _supported(pool, slots.shape[0], spec)
+
+
+def _takes_dequantize(
+    codes: Array,
+    minimum: Array,
+    maximum: Array,
+    *,
+    spec: AffineSpec,
+    channels: int,
+    dtype: str = "float32",
+) -> bool:
+    return (
+        dtype in CTYPES
+        and dtype_name(minimum.dtype) in CTYPES
+        and minimum.dtype == maximum.dtype
+        and channels <= CHANNELS
+        and _has_template(spec, codes.shape[-2], channels)
+    )
+
+
 class Affine(Kernels):
     """See `kvcompress.ops.affine`."""
 
-    def _supports_quantize(self, x: Array, *, spec: AffineSpec) -> bool:
-        return _supported(x, x.shape[-2], spec)
-
-    def _supports_quantize_paged(self, pool: Array, slots: Array, *, spec: AffineSpec) -> bool:
-        return in_place(pool, slots) and _supported(pool, slots.shape[0], spec)
-
+    @takes(_takes_quantize)
     def quantize(self, x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
         """See `kvcompress.ops.quantize`."""
         return self._quantize(x, None, spec)
 
+    @takes(_takes_quantize_paged)
     def quantize_paged(
         self, pool: Array, slots: Array, *, spec: AffineSpec
     ) -> tuple[Array, Array, Array]:
@@ -53,24 +76,7 @@ class Affine(Kernels):
             self._runtime.launch(launch, x, slots, codes, minimum, maximum)
         return codes, minimum, maximum
 
-    def _supports_dequantize(
-        self,
-        codes: Array,
-        minimum: Array,
-        maximum: Array,
-        *,
-        spec: AffineSpec,
-        channels: int,
-        dtype: str = "float32",
-    ) -> bool:
-        return (
-            dtype in CTYPES
-            and dtype_name(minimum.dtype) in CTYPES
-            and minimum.dtype == maximum.dtype
-            and channels <= CHANNELS
-            and _has_template(spec, codes.shape[-2], channels)
-        )
-
+    @takes(_takes_dequantize)
     def dequantize(
         self,
         codes: Array,

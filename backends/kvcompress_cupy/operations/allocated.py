@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from kvcompress.arrays import Array
+from kvcompress.backend import takes
 from kvcompress.ops.packing import packed_size
 from kvcompress_cupy.launches import allocated
 from kvcompress_cupy.operations.base import Kernels
 
 
+def _takes_quantize_allocated(x: Array, component_bits: Array, *, bits: int) -> bool:
+    return x.dtype.name == "float32" and _supported(component_bits, bits)
+
+
+def _takes_dequantize_allocated(packed: Array, component_bits: Array, *, bits: int) -> bool:
+    return packed.dtype.name == "uint8" and _supported(component_bits, bits)
+
+
 class Allocated(Kernels):
     """See `kvcompress.ops.allocated`."""
 
-    def _supports_quantize_allocated(self, x: Array, component_bits: Array, *, bits: int) -> bool:
-        return x.dtype.name == "float32" and _supported(component_bits, bits)
-
+    @takes(_takes_quantize_allocated)
     def quantize_allocated(self, x: Array, component_bits: Array, *, bits: int) -> Array:
         """See `kvcompress.ops.quantize_allocated`."""
         heads, tokens, _ = x.shape
@@ -26,11 +33,7 @@ class Allocated(Kernels):
             self._runtime.launch(launch, x, self._contiguous(component_bits), codes)
         return codes
 
-    def _supports_dequantize_allocated(
-        self, packed: Array, component_bits: Array, *, bits: int
-    ) -> bool:
-        return packed.dtype.name == "uint8" and _supported(component_bits, bits)
-
+    @takes(_takes_dequantize_allocated)
     def dequantize_allocated(self, packed: Array, component_bits: Array, *, bits: int) -> Array:
         """See `kvcompress.ops.dequantize_allocated`."""
         heads, tokens, _ = packed.shape
