@@ -17,7 +17,7 @@ def _examples(inputs: Inputs) -> Iterator[Call]:
 
 @operation(_examples)
 def cast(x: Array, *, dtype: str) -> Array:
-    """Cast, but what exceeds float16 becomes its largest instead of infinite.
+    """Cast to another dtype; what exceeds float16 becomes its largest instead of infinite.
 
     Parameters
     ----------
