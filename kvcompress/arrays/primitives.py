@@ -12,6 +12,14 @@ import array_api_extra as xpx
 from kvcompress.arrays.namespace import Array, astype, device, is_concrete
 
 
+def quotient(numerator: float, x: Array, zero: Array) -> Array:
+    """Divide a number by an array; 0 where `zero`."""
+    xp = compat.array_namespace(x)
+    x = xp.where(zero, 1.0, x)
+    # Array by array: PyTorch takes number / array for the number times a rounded reciprocal.
+    return xp.where(zero, 0.0, xp.full_like(x, numerator) / x)
+
+
 def map_blocks(function: Callable[..., Any], rows: int, *arrays: Array) -> Any:
     """Apply `function`, which maps rows one by one, to at most `rows` rows of `arrays` at a time.
 

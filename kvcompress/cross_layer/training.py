@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcompress.arrays import HostArray
+from kvcompress.arrays import HostArray, bisect
 from kvcompress.cross_layer.layer_group import LayerGroup
 from kvcompress.cross_layer.metric import Metric
 from kvcompress.cross_layer.parameters import CrossLayerParameters, store_basis
@@ -88,7 +88,8 @@ def fit_basis(
     ----------
     statistics : LayerGroupStatistics
     components : int, optional
-        At most the width of the layer group. If left out, all of a narrow layer group, and half of a wide one.
+        At most the width of the layer group. If left out, all of a narrow layer group, and half of
+        a wide one.
     """
     width, metric = statistics.group.width, statistics.metric
     if components is None:
@@ -130,7 +131,7 @@ def _importance(
 
 
 def _conditioned(x: HostArray) -> HostArray:
-    """Other columns of about the same layer group, far from dependent; much faster than orthonormal ones.
+    """Other columns of about the same span, far from dependent; faster than orthonormal ones.
 
     One step of shifted Cholesky: Fukaya et al. 2020, arXiv 1809.11085.
     """
@@ -144,7 +145,7 @@ def _conditioned(x: HostArray) -> HostArray:
 def train_layer_group(
     statistics: LayerGroupStatistics, bits: float, /, *, basis: LayerGroupBasis | None = None
 ) -> CrossLayerParameters:
-    """Train the parameters of a layer group to spend `bits` per value on tokens like those it was given.
+    """Train the parameters of a layer group to spend `bits` per value on tokens like its own.
 
     Parameters
     ----------
@@ -231,13 +232,12 @@ def _sample(statistics: LayerGroupStatistics, basis: LayerGroupBasis) -> _Sample
 
 def _first_guess(variances: HostArray, bits: float) -> float:
     """Binary logarithm of the step at which components of these variances deserve so many bits."""
-    low, high = -60.0, 60.0
     logs = np.log2(np.maximum(variances.astype(np.float64), 1e-30)) / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        spent = float(np.sum(np.maximum(0.0, logs - middle + 0.5)))
-        low, high = (middle, high) if spent > bits else (low, middle)
-    return high
+
+    def below(log_step: float) -> bool:
+        return float(np.sum(np.maximum(0.0, logs - log_step + 0.5))) > bits
+
+    return float(bisect(below, -60.0, 60.0, steps=60))
 
 
 @dataclass(frozen=True, eq=False)

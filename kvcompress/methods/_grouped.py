@@ -1,16 +1,15 @@
 """Groups coded between their minimum and maximum, which are themselves quantized below 8 bits.
 
-Minima and maxima vary slowly along the tokens: 8 bits in groups of 32 are enough for them, and cost
-little more than half of 16 bits. With 8 bits of code they are kept exact, or they would add as much
-error as the codes.
+With 8 bits of code they are kept exact, or they would add as much error as the codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from kvcompress.arrays import Array, array_namespace, dtype_name
+from kvcompress.arrays import Array, array_namespace
 from kvcompress.backend import Dispatcher
+from kvcompress.methods._side_information import RANGES
 from kvcompress.methods.base import Payload, TensorSpec
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
 
@@ -19,18 +18,10 @@ def encoded_spec(affine: AffineSpec, spec: TensorSpec) -> Mapping[str, TensorSpe
     """Arrays of the payload for a tensor ``[heads, tokens, channels]``."""
     heads, tokens, channels = spec.shape
     codes = TensorSpec((heads, *affine.codes_shape(tokens, channels)), "uint8")
-    rows, columns = affine.range_shape(tokens, channels)
-    columns *= 2
+    ranges = _ranges(affine, spec)
     if affine.bits == 8:
-        return {"codes": codes, "ranges": TensorSpec((heads, rows, columns), spec.dtype)}
-    outer = _outer(spec.dtype)
-    outer_range = TensorSpec((heads, *outer.range_shape(rows, columns)), spec.dtype)
-    return {
-        "codes": codes,
-        "ranges": TensorSpec((heads, *outer.codes_shape(rows, columns)), "uint8"),
-        "ranges_min": outer_range,
-        "ranges_max": outer_range,
-    }
+        return {"codes": codes, "ranges": ranges}
+    return {"codes": codes, **RANGES.encoded_spec(ranges)}
 
 
 def encode(affine: AffineSpec, x: Array, dispatch: Dispatcher) -> Payload:
@@ -39,10 +30,7 @@ def encode(affine: AffineSpec, x: Array, dispatch: Dispatcher) -> Payload:
     ranges = array_namespace(x).concat([minimum, maximum], axis=-1)
     if affine.bits == 8:
         return {"codes": codes, "ranges": ranges}
-    ranges, ranges_min, ranges_max = dispatch(
-        quantize, ranges, spec=_outer(dtype_name(ranges.dtype))
-    )
-    return {"codes": codes, "ranges": ranges, "ranges_min": ranges_min, "ranges_max": ranges_max}
+    return {"codes": codes, **RANGES.encode(ranges, dispatch)}
 
 
 def decode(
@@ -54,17 +42,17 @@ def decode(
     dtype: str = "float32",
 ) -> Array:
     """Undo `encode`: of the shape of `spec`, narrowed to `dtype`."""
-    _, tokens, channels = spec.shape
-    _, columns = affine.range_shape(tokens, channels)
-    ranges = payload["ranges"]
+    ranges, stored = payload["ranges"], _ranges(affine, spec)
     if affine.bits != 8:
-        outer = payload["ranges_min"], payload["ranges_max"]
-        ranges = dispatch(dequantize, ranges, *outer, spec=_outer(spec.dtype), channels=2 * columns)
-    codes, minimum, maximum = payload["codes"], ranges[..., :columns], ranges[..., columns:]
-    return dispatch(
-        dequantize, codes, minimum, maximum, spec=affine, channels=channels, dtype=dtype
-    )
+        ranges = RANGES.decode(payload, stored, dispatch)
+    columns = stored.shape[-1] // 2
+    parts = payload["codes"], ranges[..., :columns], ranges[..., columns:]
+    static = {"spec": affine, "channels": spec.shape[-1], "dtype": dtype}
+    return dispatch(dequantize, *parts, **static)
 
 
-def _outer(dtype: str) -> AffineSpec:
-    return AffineSpec(8, 32, "channel", dtype)
+def _ranges(affine: AffineSpec, spec: TensorSpec) -> TensorSpec:
+    """Minima and maxima of the groups, side by side."""
+    heads, tokens, channels = spec.shape
+    rows, columns = affine.range_shape(tokens, channels)
+    return TensorSpec((heads, rows, 2 * columns), spec.dtype)

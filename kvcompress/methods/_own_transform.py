@@ -15,6 +15,7 @@ from kvcompress.arrays import (
 )
 from kvcompress.backend import Dispatcher
 from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
+from kvcompress.methods._side_information import GAINS
 from kvcompress.methods.base import Payload, TensorSpec
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
 from kvcompress.ops.allocated import (
@@ -41,13 +42,10 @@ GAIN_BITS = 9
 def encoded_spec(bits: float, spec: TensorSpec) -> Mapping[str, TensorSpec]:
     """Arrays of the payload; see `Method.encoded_spec`."""
     heads, tokens, head_dim = spec.shape
-    gains, row = _gains(spec.dtype), TensorSpec((heads, 1, head_dim), spec.dtype)
-    ranges = TensorSpec((heads, *gains.range_shape(tokens, 1)), spec.dtype)
+    row = TensorSpec((heads, 1, head_dim), spec.dtype)
     return {
         "codes": TensorSpec((heads, tokens, packed_size(_bits(bits, head_dim), 1)), "uint8"),
-        "gain_codes": TensorSpec((heads, *gains.codes_shape(tokens, 1)), "uint8"),
-        "gain_min": ranges,
-        "gain_max": ranges,
+        **GAINS.encoded_spec(TensorSpec((heads, tokens, 1), spec.dtype)),
         "component_bits": TensorSpec((heads, head_dim), "uint8"),
         "step": row,
         "mean": row,
@@ -66,10 +64,7 @@ def encode(bits: float, x: Array, dispatch: Dispatcher) -> tuple[Payload, Errors
     payload = _encode(total, unit, dtype, dispatch)
     direction = _decode(total, payload, dispatch)
     gain = best_gain(*(xp.vecdot(x, direction)[..., None] for x in (unit, direction)))
-    codes, minimum, maximum = dispatch(
-        quantize, cast(norm * gain * peak, dtype=dtype), spec=_gains(dtype)
-    )
-    gains = {"gain_codes": codes, "gain_min": minimum, "gain_max": maximum}
+    gains = GAINS.encode(cast(norm * gain * peak, dtype=dtype), dispatch)
 
     def errors() -> Array:
         error = (unit - gain * direction) * norm
@@ -80,8 +75,7 @@ def encode(bits: float, x: Array, dispatch: Dispatcher) -> tuple[Payload, Errors
 
 def decode(bits: float, payload: Payload, spec: TensorSpec, dispatch: Dispatcher) -> Array:
     """Tensor ``[heads, tokens, head_dim]``, float32."""
-    gains = (payload[f"gain_{name}"] for name in ("codes", "min", "max"))
-    gain = dispatch(dequantize, *gains, spec=_gains(spec.dtype), channels=1)
+    gain = GAINS.decode(payload, TensorSpec((*spec.shape[:-1], 1), spec.dtype), dispatch)
     x = _decode(_bits(bits, spec.shape[-1]), payload, dispatch)
     x *= gain
     return x
@@ -149,7 +143,3 @@ def _basis(payload: Payload, dispatch: Dispatcher) -> Array:
 def _bits(bits: float, head_dim: int) -> int:
     """Bits of the code of a token."""
     return min(max(1, round(bits * head_dim) - GAIN_BITS), DEEPEST * head_dim)
-
-
-def _gains(dtype: str) -> AffineSpec:
-    return AffineSpec(8, 32, "channel", dtype)

@@ -24,6 +24,7 @@ from kvcompress.arrays import (
     astype,
     dtype_name,
     extremes,
+    quotient,
 )
 from kvcompress.ops.casting import cast
 from kvcompress.ops.inputs import Call, Inputs
@@ -123,11 +124,8 @@ def quantize(x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
     start = xp.expand_dims(astype(minimum, "float32"), axis=axis)
     extent = xp.expand_dims(astype(maximum, "float32"), axis=axis) - start
     qmax = float(2**spec.bits - 1)
-    constant = extent < TINY
-    # Array by array: PyTorch takes number / array for the number times a rounded reciprocal.
-    inverse = xp.full_like(extent, qmax) / xp.where(constant, 1.0, extent)
-    inverse = xp.where(constant, 0.0, inverse)
-    groups = (astype(groups, "float32") - start) * inverse
+    per_unit = quotient(qmax, extent, extent < TINY)
+    groups = (astype(groups, "float32") - start) * per_unit
     groups = xp.astype(xp.clip(xp.round(groups), 0.0, qmax), xp.uint8)
     return pack(_ungroup(xp, groups, tokens, channels, axis), spec.bits), minimum, maximum
 

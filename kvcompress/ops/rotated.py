@@ -21,6 +21,7 @@ from kvcompress.arrays import (
     device,
     look_up,
     map_blocks,
+    quotient,
     values_at_a_time,
 )
 from kvcompress.ops.affine import TINY
@@ -98,10 +99,10 @@ def _quantize_rows(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
     # By the peak, so that nothing overflows, then by the root mean square.
     peak = xp.max(xp.abs(x), axis=-1, keepdims=True)
     zero = peak < TINY
-    x = hadamard(x * _inverse(peak, zero), seed=spec.seed)
+    x = hadamard(x * quotient(1.0, peak, zero), seed=spec.seed)
     rms = _sqrt(_dot(x, x) / shape[-1])
     # Between two products, so that no compiler multiplies the factors first.
-    x = xp.where(zero, 0.0, x) * _inverse(rms, zero)
+    x = xp.where(zero, 0.0, x) * quotient(1.0, rms, zero)
     table = xp.asarray(cells(spec.bits), device=device(x))
     cell = xp.floor(x * CELLS_PER_UNIT) + float(LARGEST * CELLS_PER_UNIT)
     cell = xp.clip(cell, 0.0, table.shape[0] - 1.0)
@@ -177,12 +178,6 @@ def _rows(x: Array, channels: int) -> int:
     """Rows that are coded or decoded at a time."""
     values = values_at_a_time(x)
     return max(1, x.shape[0] if values is None else values // channels)
-
-
-def _inverse(scale: Array, zero: Array) -> Array:
-    """Inverse of the scale of every token; an array divided by tokens' scales would be inexact."""
-    xp = array_namespace(scale)
-    return xp.where(zero, 0.0, xp.ones_like(scale) / xp.where(zero, 1.0, scale))
 
 
 def _sqrt(x: Array) -> Array:

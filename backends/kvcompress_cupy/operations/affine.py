@@ -5,10 +5,11 @@ from __future__ import annotations
 from kvcompress.arrays import Array, dtype_name
 from kvcompress.backend import takes
 from kvcompress.ops.affine import AffineSpec
+from kvcompress.ops.packing import CODE_BITS
 from kvcompress_cupy.launches import affine
 from kvcompress_cupy.launches.layout import CHANNELS
 from kvcompress_cupy.operations.base import Kernels, by_heads, in_place
-from kvcompress_cupy.sources import BITS, CTYPES
+from kvcompress_cupy.sources import CTYPES
 
 
 def _takes_quantize(x: Array, *, spec: AffineSpec) -> bool:
@@ -122,4 +123,4 @@ def _supported(x: Array, tokens: int, spec: AffineSpec) -> bool:
 
 def _has_template(spec: AffineSpec, tokens: int, channels: int) -> bool:
     length = channels if spec.axis == "token" else tokens
-    return spec.bits in BITS and affine.has_template(spec.group_size, length)
+    return spec.bits in CODE_BITS and affine.has_template(spec.group_size, length)

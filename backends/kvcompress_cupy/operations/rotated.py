@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from kvcompress.arrays import Array, dtype_name
 from kvcompress.backend import takes
+from kvcompress.ops.packing import CODE_BITS
 from kvcompress.ops.rotated import RotatedSpec
 from kvcompress_cupy.launches import rotated
 from kvcompress_cupy.operations.base import Kernels, by_heads, in_place
-from kvcompress_cupy.sources import BITS, CTYPES, DIMS
+from kvcompress_cupy.sources import CTYPES, DIMS
 
 
 def _takes_quantize_rotated(x: Array, *, spec: RotatedSpec) -> bool:
-    return spec.bits in BITS and x.shape[-1] in DIMS and dtype_name(x.dtype) in CTYPES
+    return spec.bits in CODE_BITS and x.shape[-1] in DIMS and dtype_name(x.dtype) in CTYPES
 
 
 def _takes_quantize_rotated_paged(pool: Array, slots: Array, *, spec: RotatedSpec) -> bool:
@@ -27,7 +28,7 @@ def _takes_dequantize_rotated(
     dtype: str = "float32",
 ) -> bool:
     dtypes = {dtype, dtype_name(gain.dtype)}
-    return spec.bits in BITS and channels in DIMS and dtypes <= set(CTYPES)
+    return spec.bits in CODE_BITS and channels in DIMS and dtypes <= set(CTYPES)
 
 
 class Rotated(Kernels):

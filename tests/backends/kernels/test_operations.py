@@ -11,12 +11,13 @@ from emulation import EmulatedRuntime, EmulationError
 from kvcompress_cupy import tables
 from kvcompress_cupy.launches import affine, clipping, codebooks, layout, rotated
 from kvcompress_cupy.operations import Operations
-from kvcompress_cupy.sources import BITS, DIMS, FAMILIES
+from kvcompress_cupy.sources import DIMS, FAMILIES
 
 from kvcompress import ops
 from kvcompress.arrays import FLOATING, dtype_of, namespace_of
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells
+from kvcompress.ops.packing import CODE_BITS
 from kvcompress.ops.rotated import RotatedSpec, _sqrt
 from kvcompress.testing import conformance
 
@@ -43,7 +44,7 @@ def test_conformance(backend):
     assert set(taken) >= {"quantize", "dequantize", "nearest", "lookup"}
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, BITS)])
+@pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, CODE_BITS)])
 def test_affine(backend, monkeypatch, dtype, bits):
     monkeypatch.setattr("kvcompress_cupy.launches.layout.MANY", 4)  # blocks take turns
     affine.dequantize.cache_clear()
@@ -141,7 +142,7 @@ def test_ranges_of_another_dtype(backend, range_dtype):
         alike(backend.clip_groups(x, spec=spec), ops.clip_groups(x, spec=spec))
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, BITS)])
+@pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, CODE_BITS)])
 def test_rotated(backend, monkeypatch, dtype, bits):
     monkeypatch.setattr("kvcompress_cupy.launches.layout.MANY", 4)  # blocks take turns
     rotated.quantize_rotated.cache_clear()
