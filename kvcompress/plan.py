@@ -119,7 +119,7 @@ def plan(
     scope: Scope = "layer",
     **options: Any,
 ) -> Plan:
-    """Spread bits over layers, keys and values by the distortion expected of their errors, and train.
+    """Spread bits over layers, keys and values by the distortion that errors cause, and train.
 
     One water level for all coefficients of all layers: those of keys count by the mean square error
     of the logits, those of values by that of the values over their norms.

@@ -215,7 +215,7 @@ def points(facts: dict, text: int, method: str) -> list[tuple[float, float]]:
 
 
 def equal_quality(layers: dict, model: dict) -> str:
-    """Bits of every method at the KL of `CrossLayerTransform`, as a table; interpolated in logarithms."""
+    """Table of the bits of every method at the KL of `CrossLayerTransform`, between logarithms."""
     others = ("TransformCoding", "RotatedQuantization", "GroupQuantization")
     lines = [
         "text | KL | CrossLayerTransform | " + " | ".join(others) + " | fewer",

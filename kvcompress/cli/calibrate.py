@@ -65,9 +65,9 @@ def calibrate(
 ) -> None:
     """Gather what `TransformCoding` must know of a MODEL, from texts like those to come.
 
-    With --span model, what `CrossLayerTransform` must know: a covariance of everything that the cache
-    holds of a token, of four bytes times the square of these numbers, and the gradients of the
-    model's predictions by it.
+    With --span model, what `CrossLayerTransform` must know: a covariance of everything that the
+    cache holds of a token, of four bytes times the square of these numbers, and the gradients of
+    the model's predictions by it.
 
     MODEL is a directory, a name on the Hugging Face hub, or a .gguf file. Needs the extra hf.
     The result is saved every minute; the same command goes on where it was interrupted, and one

@@ -1,4 +1,4 @@
-"""`CrossLayerCalibration`: the statistics of all layer groups of a model, and the codes trained on them."""
+"""`CrossLayerCalibration`: statistics of all layer groups of a model, and codes trained on them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def layer_groups(
     layers : mapping of layer to a `LayerShape` and a hashable
         Layers with equal hashables, such as their windows, hold the same tokens.
     max_width : int
-        Where more would be in one layer group, neighbouring layers make several of about equal width.
+        Where more would be in one layer group, neighbouring layers make several, about equally
+        wide.
 
     Returns
     -------
@@ -141,7 +142,7 @@ class CrossLayerCalibration:
         self._bases.clear()
 
     def train(self, bits: float, /) -> CrossLayerTransform:
-        """Train the parameters of all layer groups to spend `bits` per value together: see `train_layer_groups`.
+        """Train the parameters of all layer groups together: see `train_layer_groups`.
 
         Parameters
         ----------

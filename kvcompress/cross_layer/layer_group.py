@@ -227,7 +227,7 @@ class LayerGroup:
         layer: int,
         seq_len: int | None = None,
     ) -> tuple[Array, Array]:
-        """Keys and values ``[batch, heads, tokens, dim]``, float32, of one layer of the layer group.
+        """Keys and values ``[batch, heads, tokens, dim]``, float32, of one layer of the group.
 
         Parameters
         ----------

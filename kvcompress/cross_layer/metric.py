@@ -14,8 +14,8 @@ NOISE = 0.05
 """Share of the weights off the diagonal that is taken for noise."""
 
 DAMPED = 0.7
-"""Power of the weights of layers and layer groups, one over the other: they differ by factors of hundreds,
-between texts too."""
+"""Power of the weights of layers and layer groups, one over the other: they differ by factors of
+hundreds, between texts too."""
 
 LEAST = 1e-3
 """Least weight, over the mean of a head: what no query reads may be read by one to come."""

@@ -1,4 +1,4 @@
-"""What codes the layers of a layer group: one basis and the tables of an entropy coder, trained once."""
+"""What codes the layers of a group: one basis and the tables of an entropy coder, trained once."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class CrossLayerParameters:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the layer group and all arrays, in hexadecimal: who has the same decodes the same."""
+        """SHA-256 of the group and all arrays, in hexadecimal: the same one decodes the same."""
         group = json.dumps(self.group.to_dict(), sort_keys=True).encode()
         return digest({**self.arrays, "group": np.frombuffer(group, np.uint8)})
 
@@ -153,8 +153,9 @@ class CrossLayerParameters:
 
     def __repr__(self) -> str:
         return (
-            f"CrossLayerParameters({len(self.group.layers)} layers, {self.bits:g} bits, {self.components} of "
-            f"{self.group.width} components, {self.nbytes:,} bytes, {self.fingerprint[:12]})"
+            f"CrossLayerParameters({len(self.group.layers)} layers, {self.bits:g} bits, "
+            f"{self.components} of {self.group.width} components, {self.nbytes:,} bytes, "
+            f"{self.fingerprint[:12]})"
         )
 
     def save(self, path: str | PathLike[str], /) -> None:

@@ -27,12 +27,12 @@ class CrossLayerTransform:
     """Code the keys and values of many layers together, in a basis that a calibration trained.
 
     Keys before RoPE, values over their norms, and the logarithms of these norms, of all layers of a
-    layer group and all their heads, are a row of numbers for every token; each counts by what its error
-    does to the predictions of the model. They go, less the mean of the sequence, to the principal
-    components of such rows, are rounded to multiples of a step (which is reverse water-filling,
-    once entropy-coded) that is finer for tokens likely to be attended to, and coded by tables of
-    integers that adapt to every token. Tokens that the basis does not hold well get the rest coded
-    as well.
+    layer group and all their heads, are a row of numbers for every token; each counts by what its
+    error does to the predictions of the model. They go, less the mean of the sequence, to the
+    principal components of such rows, are rounded to multiples of a step (which is reverse
+    water-filling, once entropy-coded) that is finer for tokens likely to be attended to, and coded
+    by tables of integers that adapt to every token. Tokens that the basis does not hold well get
+    the rest coded as well.
 
     Not a `Method`: it sees layers, not a tensor, and `KVCacheCompressor.compress_cache` alone can
     use it. Runs eagerly: the size of what it makes follows from the data.

@@ -68,7 +68,8 @@ class Result:
     attention_relative_error : float
         Mean over layers and sequences.
     bits_over_bound : float
-        Coded bits above `kvcompress.evaluation.metrics.rate_bound`, the mean over layers and sequences.
+        Coded bits above `kvcompress.evaluation.metrics.rate_bound`, the mean over layers and
+        sequences.
     """
 
     method: str

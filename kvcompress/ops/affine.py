@@ -99,7 +99,7 @@ def _quantize_examples(inputs: Inputs) -> Iterator[Call]:
 
 @operation(_quantize_examples, paged=True)
 def quantize(x: Array, *, spec: AffineSpec) -> tuple[Array, Array, Array]:
-    """Quantize and pack.
+    """Quantize groups of values between their minimum and maximum, and pack the codes.
 
     Parameters
     ----------

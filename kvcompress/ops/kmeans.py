@@ -100,7 +100,7 @@ def _excess(call: Call, codes: HostArray) -> tuple[HostArray, HostArray]:
 
 @operation(_nearest_examples, Nearest(_excess), dtypes=("float32",))
 def nearest(x: Array, codebook: Array) -> Array:
-    """Index of the centroid nearest to every vector, the first of equals.
+    """Find the centroid nearest to every vector, the first of equals.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def _lookup_examples(inputs: Inputs) -> Iterator[Call]:
 
 @operation(_lookup_examples, dtypes=("float32",))
 def lookup(codes: Array, codebook: Array) -> Array:
-    """Centroids that the codes stand for.
+    """Look up the centroids that the codes stand for.
 
     Parameters
     ----------

@@ -46,7 +46,7 @@ def _excess(call: Call, codes: HostArray) -> tuple[HostArray, HostArray]:
 
 @operation(_encode_examples, Nearest(_excess), dtypes=("float32",))
 def encode_product(x: Array, *codebooks: Array) -> Array:
-    """Nearest centroid of every sub-vector.
+    """Find the nearest centroid of every sub-vector.
 
     Parameters
     ----------
@@ -89,7 +89,7 @@ def _decode_examples(inputs: Inputs) -> Iterator[Call]:
 
 @operation(_decode_examples, dtypes=("float32",))
 def decode_product(codes: Array, *codebooks: Array) -> Array:
-    """Centroids that the codes stand for, side by side.
+    """Look up the centroids that the codes stand for, side by side.
 
     Parameters
     ----------

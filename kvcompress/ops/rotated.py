@@ -69,7 +69,7 @@ def _quantize_examples(inputs: Inputs) -> Iterator[Call]:
 
 @operation(_quantize_examples, paged=True)
 def quantize_rotated(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
-    """Rotate, quantize and pack.
+    """Rotate every token at random, quantize it, and pack the codes.
 
     Codes and gains are the same bits on all libraries where the number of channels is a power of
     two: sums are of integers, or of two terms in a fixed order.

@@ -1,7 +1,7 @@
 """Compiles every instantiation of the kernels by NVRTC, without a GPU.
 
-``python tests/backends/kernels/compile.py``: prints the registers of each for every architecture; exits with
-1 if one does not compile, spills, or keeps an array in local memory.
+``python tests/backends/kernels/compile.py`` prints the registers of each for every architecture. It
+exits with 1 if one does not compile, spills, or keeps an array in local memory.
 """
 
 from __future__ import annotations
