@@ -102,7 +102,7 @@ def largest_positions(x: Array, count: int) -> Array:
 def first_largest(x: Array) -> Array:
     """Position of the largest value along the last axis, the first of equals, as int32."""
     xp = compat.array_namespace(x)
-    if compat.is_jax_namespace(xp) and on_cpu(x):
+    if compat.is_jax_namespace(xp) and on_cpu(x) and x.shape[-1] <= 2**24:
         # Its own search does not use the vector units; minima of float32 do.
         place, last = xp.arange(x.shape[-1], dtype=xp.float32), x.shape[-1] - 1.0
         place = xp.where(x == xp.max(x, axis=-1, keepdims=True), place, last)

@@ -65,6 +65,11 @@ class Hybrid(Method):
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, _ = spec.shape
+        if self.outliers and tokens * self.rank >= 2**31:
+            raise SettingError(
+                "outliers are numbered in 32 bits, so seq_len * rank must be below 2**31, got "
+                f"{tokens} * {self.rank}; set outliers=0 or compress fewer tokens at a time"
+            )
         kept = (heads, self._kept(tokens))
         return {
             **_grouped.encoded_spec(self._affine(spec.dtype), self._coefficients(spec)),

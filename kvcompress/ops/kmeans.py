@@ -26,6 +26,9 @@ from kvcompress.ops.registry import Nearest, operation
 SAMPLES_PER_CODE = 64
 """Vectors at most that train one centroid."""
 
+NUMBERED = 2**31 - 1
+"""Vectors that int32 can number: the sample is drawn from these, the first."""
+
 DISTANCES = 2**20
 """Distances held at a time."""
 
@@ -51,6 +54,7 @@ def kmeans(x: Array, codebook_size: int, *, iterations: int, seed: int) -> Array
     vectors, dim = x.shape
     if vectors == 0:
         return xp.zeros((codebook_size, dim), dtype=xp.float32, device=device(x))
+    vectors = min(vectors, NUMBERED)
     samples = min(vectors, SAMPLES_PER_CODE * codebook_size)
     x = _rows(x, np.random.default_rng(seed).choice(vectors, samples, replace=False))
     codebook = _rows(x, np.arange(codebook_size) % x.shape[0])

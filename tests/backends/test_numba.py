@@ -424,3 +424,12 @@ def test_what_keeps_numba_from_loading_is_told(monkeypatch):
     monkeypatch.delattr(kvcompress_numba, "affine")
     with pytest.raises(BackendError, match=r"'numba' failed to load: .*affine"):
         select("numba")
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape"), [("channel", (1, 2**16 + 1, 2)), ("token", (1, 2, 2**16 + 1))]
+)
+def test_groups_too_long_to_add_up_errors_are_left_alone(axis, shape):
+    x = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    assert not backend.supports("clip_groups", x, spec=AffineSpec(2, 2**17, axis))
+    both("clip_groups", x, spec=AffineSpec(2, 2**16, axis))

@@ -418,3 +418,11 @@ def test_gradients_pass(method):
     (k.sum() + (v * v).sum()).backward()
     assert bool(torch.isfinite(x.grad).all())
     assert bool((x.grad != 0).any())
+
+
+def test_outliers_that_32_bits_cannot_number():
+    spec = TensorSpec((1, 2**24, 128), "float16")
+    with pytest.raises(SettingError, match=r"seq_len \* rank must be below 2\*\*31"):
+        Hybrid(128, 4).encoded_spec(spec, "keys")
+    assert Hybrid(127, 4).encoded_spec(spec, "keys")
+    assert Hybrid(128, 4, outliers=0).encoded_spec(spec, "keys")
