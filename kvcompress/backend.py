@@ -1,9 +1,9 @@
 """Who runs an operation: a backend's kernel where there is one, the generic form otherwise.
 
-An operation is a function of `kvcompress.ops`: arrays positional, everything static by keyword. A
-backend is an object with a method of the same name and signature for every operation it speeds up.
-A kernel that reads a paged cache in place is a method ``<operation>_paged``, which takes pool and
-slots (see `kvcompress.ops.slots`) for the first array.
+An operation is a function of `kvcompress.ops.OPERATIONS`: arrays positional, everything static by
+keyword. A backend is an object with a method of the same name and signature for every operation it
+speeds up. A kernel that reads a paged cache in place is a method ``<operation>_paged``, which takes
+pool and slots (see `kvcompress.ops.slots`) for the first array.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from kvcompress.arrays import Array
 from kvcompress.errors import BackendError, BackendWarning
@@ -35,6 +35,8 @@ ENTRY_POINTS = "kvcompress.backends"
 ENVIRONMENT = "KVCOMPRESS_BACKEND"
 """Environment variable that chooses where no argument does."""
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
 
 @runtime_checkable
 class Backend(Protocol):
@@ -52,9 +54,45 @@ class Backend(Protocol):
         """
 
 
+def takes(predicate: Callable[..., Any]) -> Callable[[Method], Method]:
+    """Say which calls a method of a `KernelBackend` takes: those for which `predicate` is true.
+
+    It is given the arrays, all of which are usable, and the keyword arguments of the method.
+    """
+
+    def mark(method: Method) -> Method:
+        setattr(method, "takes", predicate)  # noqa: B010 (functions have no such attribute)
+        return method
+
+    return mark
+
+
+class KernelBackend:
+    """Base of our own backends: a method says by `takes` which calls it takes, or takes all."""
+
+    name: str
+
+    def usable(self, *arrays: Array) -> bool:
+        """Tell whether the arrays, of whatever operation, are such as the kernels can read."""
+        return True
+
+    def predicate(self, op: str) -> Callable[..., Any]:
+        """Return what tells whether the method called `op` takes a call with usable arrays."""
+        return getattr(getattr(type(self), op, None), "takes", lambda *_, **__: True)
+
+    def supports(self, op: str, *arrays: Array, **static: Any) -> bool:
+        """See `Backend`."""
+        return self.usable(*arrays) and bool(self.predicate(op)(*arrays, **static))
+
+    def __reduce__(self) -> tuple[Callable[[str], Backend], tuple[str]]:
+        return load, (self.name,)  # pickled by name, as modules are
+
+
 @dataclass(frozen=True)
 class Dispatcher:
     """Runs operations on the first backend that takes them.
+
+    Two are equal, and hash alike, if their backends do; a dispatcher can be pickled if these can.
 
     Parameters
     ----------
@@ -90,21 +128,24 @@ class Dispatcher:
         return None
 
 
-def select(name: str | None = None) -> Dispatcher:
+def select(choice: str | Dispatcher | None = None) -> Dispatcher:
     """Choose the backends.
 
     Parameters
     ----------
-    name : str, optional
+    choice : str or Dispatcher, optional
         "auto": every backend available here; "generic": none; a backend's name: that one.
-        None asks the environment variable ``KVCOMPRESS_BACKEND``, then means "auto".
+        None asks the environment variable ``KVCOMPRESS_BACKEND``, then means "auto". A dispatcher
+        is returned as it is.
 
     Raises
     ------
     BackendError
         If the backend asked for is unknown, cannot be loaded, or is not available.
     """
-    name = name or os.environ.get(ENVIRONMENT) or "auto"
+    if isinstance(choice, Dispatcher):
+        return choice
+    name = choice or os.environ.get(ENVIRONMENT) or "auto"
     if name == "generic":
         return Dispatcher()
     if name == "auto":

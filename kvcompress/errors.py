@@ -1,5 +1,11 @@
 """Every error kvcompress raises; each is also the builtin a Python user would expect."""
 
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection
+from numbers import Real
 from typing import Any
 
 
@@ -82,17 +88,67 @@ class OutOfBlocks(KVCompressError, MemoryError):
     """A paged cache has too few free blocks; the operation changed nothing."""
 
 
-def check_integer(name: str, value: Any, low: int, high: int | None = None) -> None:
-    """Raise `SettingError` unless `value` is an integer from `low` to `high`."""
+def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """Return `value` as an int; raise `SettingError` unless it is an integer from `low` to `high`.
+
+    Integers of NumPy count, booleans and floats do not.
+    """
     accepted = f"an integer from {low} to {high}" if high is not None else f"an integer >= {low}"
-    if isinstance(value, bool) or not isinstance(value, int):
+    number = _number(value)
+    if not isinstance(number, int):
         raise SettingError(f"{name} must be {accepted}, got {value!r}")
-    if value < low or (high is not None and value > high):
-        raise SettingError(f"{name} must be {accepted}, got {value}")
+    if number < low or (high is not None and number > high):
+        raise SettingError(f"{name} must be {accepted}, got {number}")
+    return number
 
 
-def check_fraction(name: str, value: Any, *, low_open: bool = False) -> None:
-    """Raise `SettingError` unless `value` is a number from 0 to 1 (0 itself only if allowed)."""
-    ok = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
-    if not ok or (low_open and value == 0):
+def check_fraction(name: str, value: Any, *, low_open: bool = False) -> float:
+    """Return `value` as a Python number from 0 to 1 (0 itself only if allowed), or raise."""
+    number = _number(value)
+    if number is None or not 0 <= number <= 1 or (low_open and number == 0):
         raise SettingError(f"{name} must be in {'(' if low_open else '['}0, 1], got {value!r}")
+    return number
+
+
+def check_number(name: str, value: Any, low: float, high: float | None = None) -> float:
+    """Return `value` as a Python number, finite and from `low` to `high`, or raise."""
+    accepted = f"a number from {low} to {high}" if high is not None else f"a finite number >= {low}"
+    number = _number(value)
+    if number is None or not low <= number < math.inf or (high is not None and number > high):
+        raise SettingError(f"{name} must be {accepted}, got {value!r}")
+    return number
+
+
+def check_positive(name: str, value: Any) -> float:
+    """Return `value` as a Python number above 0 and finite, or raise `SettingError`."""
+    number = _number(value)
+    if number is None or not 0 < number < math.inf:
+        raise SettingError(f"{name} must be a positive finite number, got {value!r}")
+    return number
+
+
+def check_choice(name: str, value: Any, choices: Collection[int], accepted: str) -> int:
+    """Return `value` as an int; raise `SettingError` unless it is one of the integers `choices`."""
+    number = _number(value)
+    if not isinstance(number, int) or number not in choices:
+        raise SettingError(f"{name} must be {accepted}, got {value!r}")
+    return number
+
+
+def normalize(settings: Any, **plain: Any) -> None:
+    """Replace fields of a frozen dataclass, in its ``__post_init__``, by what they stand for.
+
+    Numbers of NumPy would print, and JSON would refuse them, in settings that are otherwise equal.
+    """
+    for name, value in plain.items():
+        object.__setattr__(settings, name, value)
+
+
+def _number(value: Any) -> int | float | None:
+    """Python's number for one of Python or NumPy; None for booleans and all that is no number."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return float(value) if isinstance(value, Real) else None

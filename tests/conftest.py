@@ -124,6 +124,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--regenerate-golden", action="store_true", help="write tests/golden/ anew from the oracle"
     )
+    parser.addoption(
+        "--rewrite-docs", action="store_true", help="write the table of operations in docs/ anew"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

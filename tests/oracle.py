@@ -52,7 +52,7 @@ def pack_rows(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def groups(tokens: int, channels: int, group_size: int, axis: str) -> dict[tuple[int, int], list]:
-    """Positions of the members of every group, by the position of its ends."""
+    """Positions of the members of every group, by the position of its range."""
     found: dict[tuple[int, int], list] = {}
     for t, c in itertools.product(range(tokens), range(channels)):
         at = (t // group_size, c) if axis == "channel" else (t, c // group_size)
@@ -61,46 +61,46 @@ def groups(tokens: int, channels: int, group_size: int, axis: str) -> dict[tuple
 
 
 def quantize(
-    x: np.ndarray, bits: int, group_size: int, axis: str, ends_dtype: np.dtype
+    x: np.ndarray, bits: int, group_size: int, axis: str, range_dtype: np.dtype
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Codes (not packed), lower and upper ends of ``[..., tokens, channels]``."""
+    """Codes (not packed), minima and maxima of the groups of ``[..., tokens, channels]``."""
     *lead, tokens, channels = x.shape
     if axis == "channel":
-        ends = (*lead, -(-tokens // group_size), channels)
+        ranges = (*lead, -(-tokens // group_size), channels)
     else:
-        ends = (*lead, tokens, -(-channels // group_size))
+        ranges = (*lead, tokens, -(-channels // group_size))
     codes = np.zeros(x.shape, "int64")
-    lower, upper = np.zeros(ends, ends_dtype), np.zeros(ends, ends_dtype)
+    minimum, maximum = np.zeros(ranges, range_dtype), np.zeros(ranges, range_dtype)
     qmax = 2**bits - 1
     for head in np.ndindex(*lead):
         for at, members in groups(tokens, channels, group_size, axis).items():
             values = [np.float32(x[head][m]) for m in members]
             low, high = min(values), max(values)
-            lower[head][at] = low if abs(low) >= TINY else 0
-            upper[head][at] = high if abs(high) >= TINY else 0
-            start = np.float32(lower[head][at])
-            extent = np.float32(upper[head][at]) - start
+            minimum[head][at] = low if abs(low) >= TINY else 0
+            maximum[head][at] = high if abs(high) >= TINY else 0
+            start = np.float32(minimum[head][at])
+            extent = np.float32(maximum[head][at]) - start
             if extent >= TINY:
                 inverse = np.float32(qmax) / extent
                 for m, value in zip(members, values, strict=True):
                     # Python rounds half to even, as the recipe asks.
                     codes[head][m] = min(max(round(float((value - start) * inverse)), 0), qmax)
-    return codes, lower, upper
+    return codes, minimum, maximum
 
 
 def quantizer_bound(
-    x: np.ndarray, lower: np.ndarray, upper: np.ndarray, bits: int, group_size: int, axis: str
+    x: np.ndarray, minimum: np.ndarray, maximum: np.ndarray, bits: int, group_size: int, axis: str
 ) -> np.ndarray:
     """Largest error of every value of ``[tokens, channels]`` after quantize and dequantize.
 
-    Half a step of the stored group; what lies beyond the stored ends; and float32 rounding: 4
+    Half a step of the stored group; what lies beyond the stored ranges; and float32 rounding: 4
     roundings in the code (difference, extent, quotient, product), 4 in the product that undoes it
     (extent, 1 / qmax, step, product), each relative to at most the extent, and one in the last sum.
-    Ends and extents under 2**-100 count as zero.
+    Minima, maxima and extents under 2**-100 count as zero.
     """
     bound = np.zeros(x.shape)
     for at, members in groups(*x.shape, group_size, axis).items():
-        low, high = float(lower[at]), float(upper[at])
+        low, high = float(minimum[at]), float(maximum[at])
         values = [float(x[m]) for m in members]
         beyond = max(low - min(values), max(values) - high, 0.0)
         step = (high - low) / (2**bits - 1)
@@ -170,17 +170,17 @@ def decode_low_rank(payload: dict[str, np.ndarray]) -> np.ndarray:
     return x * arrays["scale"]
 
 
-def decode_ends(payload: dict[str, np.ndarray], bits: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of groups, all lower then all upper, and how far they may be from the exact ones."""
-    ends = payload["ends"].astype("float64")
-    moved = np.zeros_like(ends)
+def decode_ranges(payload: dict[str, np.ndarray], bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """All minima, then all maxima of groups, and how far they may be from the exact ones."""
+    ranges = payload["ranges"].astype("float64")
+    moved = np.zeros_like(ranges)
     if bits < 8:
-        for h, g, c in np.ndindex(ends.shape):
-            low = float(payload["ends_lower"][h, g // 32, c])
-            high = float(payload["ends_upper"][h, g // 32, c])
-            ends[h, g, c] = low + ends[h, g, c] * (high - low) / 255
+        for h, g, c in np.ndindex(ranges.shape):
+            low = float(payload["ranges_min"][h, g // 32, c])
+            high = float(payload["ranges_max"][h, g // 32, c])
+            ranges[h, g, c] = low + ranges[h, g, c] * (high - low) / 255
             moved[h, g, c] = (high - low) / 510 + rounding(low, high)
-    return ends, moved
+    return ranges, moved
 
 
 def decode_hybrid(
@@ -189,9 +189,9 @@ def decode_hybrid(
     """``[heads, tokens, head_dim]`` in float64 from what `Hybrid` stores."""
     coefficients = unpack_rows(payload["codes"], bits, rank).astype("float64")
     heads, tokens, _ = coefficients.shape
-    ends, _ = decode_ends(payload, bits)
+    ranges, _ = decode_ranges(payload, bits)
     for h, t, c in np.ndindex(heads, tokens, rank):
-        low, high = ends[h, t // group_size, c], ends[h, t // group_size, rank + c]
+        low, high = ranges[h, t // group_size, c], ranges[h, t // group_size, rank + c]
         coefficients[h, t, c] = low + coefficients[h, t, c] * (high - low) / (2**bits - 1)
     for h in range(heads):
         pairs = zip(payload["outlier_index"][h], payload["outlier_value"][h], strict=True)

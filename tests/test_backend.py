@@ -86,7 +86,7 @@ def test_a_backend_runs_what_it_supports(loopback, choice):
     expected = run(KVCacheCompressor(COMPRESSORS["quantize"], backend="generic"))
     assert loopback.calls == []
     out = run(KVCacheCompressor(COMPRESSORS["quantize"], backend=choice))
-    # Codes and their ends, of keys and of values.
+    # Codes and their ranges, of keys and of values.
     assert loopback.calls == 4 * ["quantize"] + 4 * ["dequantize"]
     np.testing.assert_array_equal(out, expected)
     # `lookup` is no method of it: the generic form runs.
@@ -218,7 +218,7 @@ def test_conformance_on_every_library(xp, loopback, monkeypatch):
             continue
         # array-api-strict has neither float16 nor bfloat16.
         dtypes = {case.static.get("dtype"), *(a.dtype.name for a in case.arrays)}
-        dtypes.add(getattr(case.static.get("spec"), "ends_dtype", None))
+        dtypes.add(getattr(case.static.get("spec"), "range_dtype", None))
         if dtypes & {"float16", "bfloat16"} - {*xp.dtypes}:
             continue
         writable = case.overwrites and xp.name == "numpy-readonly"

@@ -47,6 +47,21 @@ def tensor(dtype, seed):
     return x.astype(DTYPES[dtype])
 
 
+# What the files call settings and arrays that have been renamed since they were written.
+RENAMED = {
+    "ends_dtype": "range_dtype",
+    "lower": "minimum",
+    "upper": "maximum",
+    "ends": "ranges",
+    "ends_lower": "ranges_min",
+    "ends_upper": "ranges_max",
+}
+
+
+def renamed(old):
+    return {RENAMED.get(name, name): value for name, value in old.items()}
+
+
 def save(name, meta, arrays):
     """bfloat16 travels as uint16: NumPy cannot name it in a file."""
     plain = {k: a.view("uint16") if a.dtype.name == "bfloat16" else a for k, a in arrays.items()}
@@ -59,9 +74,11 @@ def load(name):
         arrays = {k: file[k] for k in file.files}
     meta = json.loads(str(arrays.pop("meta")))
     kinds = meta.pop("dtypes")
-    return meta, {
-        k: a.view(DTYPES["bfloat16"]) if kinds[k] == "bfloat16" else a for k, a in arrays.items()
-    }
+    if "spec" in meta:
+        meta["spec"] = renamed(meta["spec"])
+    return meta, renamed(
+        {k: a.view(DTYPES["bfloat16"]) if kinds[k] == "bfloat16" else a for k, a in arrays.items()}
+    )
 
 
 def write():
@@ -74,13 +91,13 @@ def write():
     save("packing", {}, arrays)
     for i, (dtype, spec) in enumerate(SPECS):
         x = tensor(dtype, i)
-        axis, ends = spec.axis, np.dtype(DTYPES[spec.ends_dtype or dtype])
-        codes, lower, upper = oracle.quantize(x, spec.bits, spec.group_size, axis, ends)
+        axis, ranges = spec.axis, np.dtype(DTYPES[spec.range_dtype or dtype])
+        codes, minimum, maximum = oracle.quantize(x, spec.bits, spec.group_size, axis, ranges)
         arrays = {
             "x": x,
             "codes": oracle.pack_rows(codes, spec.bits),
-            "lower": lower,
-            "upper": upper,
+            "minimum": minimum,
+            "maximum": maximum,
         }
         save(f"affine{i}", {"spec": vars(spec)}, arrays)
     for i, (dtype, method) in enumerate(METHODS):
@@ -120,15 +137,15 @@ def test_quantize(xp, name):
     if x.dtype.name not in xp.dtypes:
         pytest.skip(f"{xp} has no {x.dtype.name}")
     encoded = xp.run(quantize, xp.asarray(x), spec=spec)
-    for key, a in zip(("codes", "lower", "upper"), encoded, strict=True):
+    for key, a in zip(("codes", "minimum", "maximum"), encoded, strict=True):
         a = xp.numpy(a)
         assert (a.dtype, a.shape) == (arrays[key].dtype, arrays[key].shape)
         assert a.tobytes() == arrays[key].tobytes(), key
-    stored = [xp.asarray(arrays[key]) for key in ("codes", "lower", "upper")]
+    stored = [xp.asarray(arrays[key]) for key in ("codes", "minimum", "maximum")]
     back = xp.numpy(xp.run(dequantize, *stored, spec=spec, channels=x.shape[-1]))
     for head in range(len(x)):
-        ends = arrays["lower"][head], arrays["upper"][head]
-        bound = oracle.quantizer_bound(x[head], *ends, spec.bits, spec.group_size, spec.axis)
+        ranges = arrays["minimum"][head], arrays["maximum"][head]
+        bound = oracle.quantizer_bound(x[head], *ranges, spec.bits, spec.group_size, spec.axis)
         assert (abs(back[head].astype("float64") - x[head].astype("float64")) <= bound).all()
 
 

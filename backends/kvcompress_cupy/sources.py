@@ -6,11 +6,11 @@ import itertools
 from functools import cache
 from pathlib import Path
 
+from kvcompress.ops.packing import CODE_BITS
 from kvcompress_cupy import tables
 
 KERNELS = Path(__file__).parent / "kernels"
 
-BITS = (2, 3, 4, 8)
 GROUPS = (32, 64, 128, 0)
 """Values in a group; 0 stands for one group a row."""
 
@@ -33,13 +33,13 @@ OPTIONS = ("-std=c++17", "-fmad=false")
 """How they are compiled: no contraction, which would change codes."""
 
 _PARAMETERS: dict[str, tuple[tuple[object, ...], ...]] = {
-    "quantize_token": (BITS, GROUPS, tuple(CTYPES.values())),
-    "quantize_channel": (BITS, GROUPS, tuple(CTYPES.values())),
-    "dequantize": (BITS, GROUPS, AXES, tuple(CTYPES.values())),
+    "quantize_token": (CODE_BITS, GROUPS, tuple(CTYPES.values())),
+    "quantize_channel": (CODE_BITS, GROUPS, tuple(CTYPES.values())),
+    "dequantize": (CODE_BITS, GROUPS, AXES, tuple(CTYPES.values())),
     "clip_token": (GROUPS, tuple(CTYPES.values())),
     "clip_channel": (GROUPS, tuple(CTYPES.values())),
-    "quantize_rotated": (BITS, DIMS, tuple(CTYPES.values())),
-    "dequantize_rotated": (BITS, DIMS, tuple(CTYPES.values())),
+    "quantize_rotated": (CODE_BITS, DIMS, tuple(CTYPES.values())),
+    "dequantize_rotated": (CODE_BITS, DIMS, tuple(CTYPES.values())),
     "nearest": (VECTOR_DIMS,),
     "lookup": (tuple(WORDS.values()),),
     "encode_product": (VECTOR_DIMS,),
@@ -52,7 +52,7 @@ _PARAMETERS: dict[str, tuple[tuple[object, ...], ...]] = {
 }
 
 _WRITTEN = {
-    "tables.cuh": lambda: tables.header(BITS),
+    "tables.cuh": lambda: tables.header(CODE_BITS),
     "all_steps.cuh": tables.all_steps_header,
     "all_levels.cuh": tables.all_levels_header,
     "all_errors.cuh": tables.all_errors_header,

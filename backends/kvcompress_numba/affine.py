@@ -15,11 +15,11 @@ from kvcompress_numba.groups import (
     channel_starts,
     code_row,
     codes_of,
-    ends,
+    extremes,
     log_of,
     numbers_of,
     run_groups,
-    store_ends,
+    store_range,
 )
 from kvcompress_numba.intrinsics import LANES
 from kvcompress_numba.packing import one_plane, pack_row, unpack_row
@@ -39,19 +39,22 @@ def quantize(x: NDArray, *, spec: AffineSpec) -> tuple[NDArray, NDArray, NDArray
     """See `kvcompress.ops.quantize`."""
     *lead, _, _ = x.shape
     _, tokens, channels = shape = fold(x.shape)
-    ends_dtype = spec.ends_dtype or dtype_name(x.dtype)
+    range_dtype = spec.range_dtype or dtype_name(x.dtype)
     codes, flat = empty((*lead, *spec.codes_shape(tokens, channels)), "uint8")
-    ends_shape = (*lead, *spec.ends_shape(tokens, channels))
-    (lower, low), (upper, high) = empty(ends_shape, ends_dtype), empty(ends_shape, ends_dtype)
+    range_shape = (*lead, *spec.range_shape(tokens, channels))
+    (minimum, low), (maximum, high) = (
+        empty(range_shape, range_dtype),
+        empty(range_shape, range_dtype),
+    )
     args = rows(x), flat, low, high
     run_groups(_quantize_tokens, _quantize_channels, spec, shape, 3 * channels + 2, *args)
-    return codes, lower, upper
+    return codes, minimum, maximum
 
 
 def dequantize(
     codes: NDArray,
-    lower: NDArray,
-    upper: NDArray,
+    minimum: NDArray,
+    maximum: NDArray,
     *,
     spec: AffineSpec,
     channels: int,
@@ -61,7 +64,7 @@ def dequantize(
     *lead, tokens, _ = codes.shape
     out, flat = empty((*lead, tokens, channels), dtype)
     shape = math.prod(lead), tokens, channels
-    args = rows(codes), rows(lower), rows(upper), flat
+    args = rows(codes), rows(minimum), rows(maximum), flat
     run_groups(_dequantize_tokens, _dequantize_channels, spec, shape, 3 * channels + 2, *args)
     return out
 
@@ -128,7 +131,14 @@ def _decode_row(
 
 @kernel
 def _quantize_tokens(
-    sizes: Sizes, x: Rows, codes: Any, lower: Any, upper: Any, scratch: Any, begin: int, end: int
+    sizes: Sizes,
+    x: Rows,
+    codes: Any,
+    minima: Any,
+    maxima: Any,
+    scratch: Any,
+    begin: int,
+    end: int,
 ) -> None:
     """One unit a row."""
     tokens, channels, bits, size = sizes
@@ -137,15 +147,15 @@ def _quantize_tokens(
     groups = (channels + size - 1) // size
     log = log_of(size)
     qmax = np.float32((1 << bits) - 1)
-    width = codes.size // (lower.size // groups)
+    width = codes.size // (minima.size // groups)
     h, t = begin // tokens, begin % tokens
     for unit in range(begin, end):
         first = h * head + t * token
         for group in range(groups):
             at = group * size
             n = min(size, channels - at)
-            low, high = ends(flat, first + at, n)
-            start, inverse = store_ends(lower, upper, unit * groups + group, low, high, qmax)
+            low, high = extremes(flat, first + at, n)
+            start, inverse = store_range(minima, maxima, unit * groups + group, low, high, qmax)
             if log:
                 starts[group], inverses[group] = start, inverse
             else:
@@ -161,7 +171,14 @@ def _quantize_tokens(
 
 @kernel
 def _quantize_channels(
-    sizes: Sizes, x: Rows, codes: Any, lower: Any, upper: Any, scratch: Any, begin: int, end: int
+    sizes: Sizes,
+    x: Rows,
+    codes: Any,
+    minima: Any,
+    maxima: Any,
+    scratch: Any,
+    begin: int,
+    end: int,
 ) -> None:
     """One unit a group of tokens, all channels."""
     tokens, channels, bits, size = sizes
@@ -169,13 +186,13 @@ def _quantize_channels(
     starts, inverses, row = divided(scratch, channels)
     groups = (tokens + size - 1) // size
     qmax = np.float32((1 << bits) - 1)
-    width = codes.size // (lower.size // groups // channels * tokens)
+    width = codes.size // (minima.size // groups // channels * tokens)
     for unit in range(begin, end):
         h, at = unit // groups, unit % groups * size
         n = min(size, tokens - at)
         first = h * head + at * token
         place = unit * channels
-        channel_starts(x, first, n, channels, lower, upper, place, qmax, starts, inverses)
+        channel_starts(x, first, n, channels, minima, maxima, place, qmax, starts, inverses)
         for t in range(n):
             here, to = first + t * token, (h * tokens + at + t) * width
             _encode_row(flat, here, channels, bits, starts, inverses, 0, row, codes, to)
@@ -185,8 +202,8 @@ def _quantize_channels(
 def _dequantize_tokens(
     sizes: Sizes,
     codes: Rows,
-    lower: Rows,
-    upper: Rows,
+    minima: Rows,
+    maxima: Rows,
     out: Any,
     scratch: Any,
     begin: int,
@@ -195,8 +212,8 @@ def _dequantize_tokens(
     """One unit a row."""
     tokens, channels, bits, size = sizes
     packed, codes_head, codes_token = codes
-    lows, low_head, low_token = lower
-    highs, high_head, high_token = upper
+    lows, low_head, low_token = minima
+    highs, high_head, high_token = maxima
     starts, steps, row = divided(scratch, channels)
     groups = (channels + size - 1) // size
     log = log_of(size)
@@ -226,8 +243,8 @@ def _dequantize_tokens(
 def _dequantize_channels(
     sizes: Sizes,
     codes: Rows,
-    lower: Rows,
-    upper: Rows,
+    minima: Rows,
+    maxima: Rows,
     out: Any,
     scratch: Any,
     begin: int,
@@ -236,8 +253,8 @@ def _dequantize_channels(
     """One unit a group of tokens, all channels."""
     tokens, channels, bits, size = sizes
     packed, codes_head, codes_token = codes
-    lows, low_head, low_token = lower
-    highs, high_head, high_token = upper
+    lows, low_head, low_token = minima
+    highs, high_head, high_token = maxima
     starts, steps, row = divided(scratch, channels)
     groups = (tokens + size - 1) // size
     share = np.float32(1.0 / ((1 << bits) - 1))

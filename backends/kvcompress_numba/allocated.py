@@ -22,29 +22,29 @@ _ZERO, _LAST = np.float32(0), np.float32(_COUNT - 1)
 _GATHER, _TOP = np.uint64(0x0102040810204080), np.uint64(56)
 
 
-def quantize_allocated(x: NDArray, depths: NDArray, *, bits: int) -> NDArray:
+def quantize_allocated(x: NDArray, component_bits: NDArray, *, bits: int) -> NDArray:
     """See `kvcompress.ops.quantize_allocated`."""
     heads, tokens, channels = fold(x.shape)
     codes, flat = empty((heads, tokens, packed_size(bits, 1)), "uint8")
-    tables = _widths(depths, bits), all_cells(), _bits_of_codes()
+    tables = _widths(component_bits, bits), all_cells(), _bits_of_codes()
     args = rows(x), tokens, channels, bits, *tables, flat
     run(_quantize, heads * tokens, channels, _room(bits), *args)
     return codes
 
 
-def dequantize_allocated(packed: NDArray, depths: NDArray, *, bits: int) -> NDArray:
+def dequantize_allocated(packed: NDArray, component_bits: NDArray, *, bits: int) -> NDArray:
     """See `kvcompress.ops.dequantize_allocated`."""
     heads, tokens, _ = fold(packed.shape)
-    channels = depths.shape[-1]
+    channels = component_bits.shape[-1]
     out, flat = empty((heads, tokens, channels), "float32")
-    args = rows(packed), tokens, channels, bits, _widths(depths, bits), all_levels(), flat
+    args = rows(packed), tokens, channels, bits, _widths(component_bits, bits), all_levels(), flat
     run(_dequantize, heads * tokens, channels, _room(bits), *args)
     return out
 
 
-def _widths(depths: NDArray, bits: int) -> NDArray:
+def _widths(component_bits: NDArray, bits: int) -> NDArray:
     """Bits of every component, as a flat array: those beyond `bits` are none."""
-    ends = np.minimum(np.cumsum(np.minimum(depths, DEEPEST), axis=-1, dtype=np.int64), bits)
+    ends = np.minimum(np.cumsum(np.minimum(component_bits, DEEPEST), axis=-1, dtype=np.int64), bits)
     return np.diff(ends, axis=-1, prepend=0).reshape(-1)
 
 

@@ -11,7 +11,14 @@ from kvcompress.arrays import dtype_name
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.clipping import CUTS, errors
 from kvcompress_numba.arrays import NDArray, Rows, divided, empty, fold, following, rows
-from kvcompress_numba.groups import Sizes, channel_starts, code_row, ends, run_groups, store_ends
+from kvcompress_numba.groups import (
+    Sizes,
+    channel_starts,
+    code_row,
+    extremes,
+    run_groups,
+    store_range,
+)
 from kvcompress_numba.intrinsics import LANES
 from kvcompress_numba.threads import inline, kernel
 from kvcompress_numba.vectors import (
@@ -34,9 +41,9 @@ def clip_groups(x: NDArray, *, spec: AffineSpec) -> NDArray:
     *lead, _, _ = x.shape
     _, tokens, channels = shape = fold(x.shape)
     out, flat = empty(x.shape, "float32")
-    ends_shape = (*lead, *spec.ends_shape(tokens, channels))
-    ends_dtype = spec.ends_dtype or dtype_name(x.dtype)
-    (_, low), (_, high) = empty(ends_shape, ends_dtype), empty(ends_shape, ends_dtype)
+    range_shape = (*lead, *spec.range_shape(tokens, channels))
+    range_dtype = spec.range_dtype or dtype_name(x.dtype)
+    (_, low), (_, high) = empty(range_shape, range_dtype), empty(range_shape, range_dtype)
     args = rows(x), _table(spec.bits), low, high, flat
     run_groups(_clip_tokens, _clip_channels, spec, shape, (3 + LANES) * channels + 2, *args)
     return out
@@ -50,7 +57,7 @@ def _table(bits: int) -> NDArray:
 
 @inline
 def _cut(sums: Any, at: int, low: Any, high: Any) -> Any:
-    """Ends of the range with the least of the 16 sums from `at` on."""
+    """Minimum and maximum of the range with the least of the 16 sums from `at` on."""
     best = 0
     for i in range(1, LANES):
         if sums[at + i] < sums[at + best]:
@@ -68,8 +75,8 @@ def _clip_tokens(
     sizes: Sizes,
     x: Rows,
     table: Any,
-    lower: Any,
-    upper: Any,
+    minima: Any,
+    maxima: Any,
     out: Any,
     scratch: Any,
     begin: int,
@@ -88,9 +95,9 @@ def _clip_tokens(
         for group in range(groups):
             at = group * size
             n = min(size, channels - at)
-            low, high = ends(flat, first + at, n)
+            low, high = extremes(flat, first + at, n)
             place = unit * groups + group
-            start, inverse = store_ends(lower, upper, place, low, high, _QMAX)
+            start, inverse = store_range(minima, maxima, place, low, high, _QMAX)
             starts[:n] = start
             inverses[:n] = inverse
             code_row(flat, first + at, n, _QMAX, starts, inverses, 0, row)
@@ -98,7 +105,7 @@ def _clip_tokens(
             for i in range(n):
                 errors = errors + load_ints(table, np.int64(row[i]) * LANES)
             store_ints(sums, 0, errors)
-            low, high = _cut(sums, 0, start, get(upper, place))
+            low, high = _cut(sums, 0, start, get(maxima, place))
             vectors = n & -LANES
             for i in range(0, vectors, LANES):
                 value = maximum(load(flat, first + at + i), splat(low))
@@ -113,8 +120,8 @@ def _clip_channels(
     sizes: Sizes,
     x: Rows,
     table: Any,
-    lower: Any,
-    upper: Any,
+    minima: Any,
+    maxima: Any,
     out: Any,
     scratch: Any,
     begin: int,
@@ -132,16 +139,16 @@ def _clip_channels(
         n = min(size, tokens - at)
         first = h * head + at * token
         place = unit * channels
-        channel_starts(x, first, n, channels, lower, upper, place, _QMAX, lows, highs)
+        channel_starts(x, first, n, channels, minima, maxima, place, _QMAX, lows, highs)
         sums[:] = 0
         for t in range(n):
             code_row(flat, first + t * token, channels, _QMAX, lows, highs, 0, row)
             for i in range(channels):
                 error = load_ints(table, np.int64(row[i]) * LANES)
                 store_ints(sums, i * LANES, load_ints(sums, i * LANES) + error)
-        # From here on: the ends of the ranges.
+        # From here on: minimum and maximum of the ranges.
         for i in range(channels):
-            high = get(upper, unit * channels + i)
+            high = get(maxima, unit * channels + i)
             lows[i], highs[i] = _cut(sums, i * LANES, lows[i], high)
         for t in range(n):
             here, to = first + t * token, (h * tokens + at + t) * channels

@@ -1,4 +1,4 @@
-"""Groups along tokens or channels: kernels called for them, their ends, and codes between these."""
+"""Groups along tokens or channels: kernels called for them, ranges, and codes within these."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run_groups(
 
 
 @inline
-def ends(x: Any, first: int, n: int) -> Any:
+def extremes(x: Any, first: int, n: int) -> Any:
     """Smallest and largest of ``x[first : first + n]``."""
     vectors = n & -LANES
     low = high = get(x, first)
@@ -90,12 +90,12 @@ def _channel_ends(x: Rows, first: int, n: int, channels: int, lows: Any, highs: 
 
 
 @inline
-def store_ends(lower: Any, upper: Any, at: int, low: Any, high: Any, qmax: Any) -> Any:
-    """Store the ends of a group; return the lower one, and codes per unit of the source."""
-    store(lower, at, _ZERO if abs(low) < _TINY else low)
-    store(upper, at, _ZERO if abs(high) < _TINY else high)
-    start = get(lower, at)
-    extent = get(upper, at) - start
+def store_range(minima: Any, maxima: Any, at: int, low: Any, high: Any, qmax: Any) -> Any:
+    """Store the range of a group; return its minimum, and codes per unit of the source."""
+    store(minima, at, _ZERO if abs(low) < _TINY else low)
+    store(maxima, at, _ZERO if abs(high) < _TINY else high)
+    start = get(minima, at)
+    extent = get(maxima, at) - start
     return start, _ZERO if extent < _TINY else qmax / extent
 
 
@@ -105,17 +105,17 @@ def channel_starts(
     first: int,
     n: int,
     channels: int,
-    lower: Any,
-    upper: Any,
+    minima: Any,
+    maxima: Any,
     at: int,
     qmax: Any,
     starts: Any,
     inverses: Any,
 ) -> None:
-    """`store_ends` of every channel of `n` tokens: where it starts, codes per unit."""
+    """`store_range` of every channel of `n` tokens: where it starts, codes per unit."""
     _channel_ends(x, first, n, channels, starts, inverses)
     for i in range(channels):
-        starts[i], inverses[i] = store_ends(lower, upper, at + i, starts[i], inverses[i], qmax)
+        starts[i], inverses[i] = store_range(minima, maxima, at + i, starts[i], inverses[i], qmax)
 
 
 @inline

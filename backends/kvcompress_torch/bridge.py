@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache, partial
 from importlib import import_module
@@ -21,7 +21,7 @@ KERNELS = {"cpu": "numba", "cuda": "cupy"}
 """Backend for the tensors of a kind of device."""
 
 
-def supports(op: str, tensors: Sequence[Any], static: Mapping[str, Any]) -> bool:
+def supports(op: str, *tensors: Any, **static: Any) -> bool:
     """Tell whether there is a kernel, and no reason to leave the tensors alone."""
     device = tensors[0].device
     kernels = _kernels(device.type)

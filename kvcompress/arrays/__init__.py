@@ -3,7 +3,7 @@
 For authors of backends outside this package, too: what is named here is public.
 """
 
-from kvcompress.arrays.host import HostArray, digest
+from kvcompress.arrays.host import HostArray, bisect, digest
 from kvcompress.arrays.namespace import (
     FLOAT16_MAX,
     FLOATING,
@@ -29,6 +29,7 @@ from kvcompress.arrays.primitives import (
     map_blocks,
     map_matrices,
     on_cpu,
+    quotient,
     scatter,
     values_at_a_time,
 )
@@ -43,6 +44,7 @@ __all__ = [
     "Namespace",
     "array_namespace",
     "astype",
+    "bisect",
     "convert",
     "detach",
     "device",
@@ -62,6 +64,7 @@ __all__ = [
     "namespace_of",
     "on_cpu",
     "pytree",
+    "quotient",
     "register_pytrees",
     "scatter",
     "to_host",

@@ -1,9 +1,9 @@
-"""Arrays of NumPy on the host, and a digest of their values."""
+"""Arrays of NumPy on the host: a digest of their values, and roots by bisection."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,3 +18,24 @@ def digest(arrays: Mapping[str, HostArray]) -> str:
         sha.update(f"{name} {x.dtype.str} {x.shape}".encode())
         sha.update(x.tobytes())
     return sha.hexdigest()
+
+
+def bisect(below: Callable[[Any], Any], low: Any, high: Any, *, steps: int) -> Any:
+    """Narrow an interval around where `below` ceases to be true; return its upper end.
+
+    Parameters
+    ----------
+    below : callable ``x -> bool``
+        True up to some number and false from there on; or of arrays, element by element.
+    low, high : float or array, float64
+    steps : int
+        Each halves the interval.
+    """
+    for _ in range(steps):
+        middle = (low + high) / 2
+        under = below(middle)
+        if isinstance(under, np.ndarray):
+            low, high = np.where(under, middle, low), np.where(under, high, middle)
+        else:
+            low, high = (middle, high) if under else (low, middle)
+    return high

@@ -12,6 +12,14 @@ import array_api_extra as xpx
 from kvcompress.arrays.namespace import Array, astype, device, is_concrete
 
 
+def quotient(numerator: float, x: Array, zero: Array) -> Array:
+    """Divide a number by an array; 0 where `zero`."""
+    xp = compat.array_namespace(x)
+    x = xp.where(zero, 1.0, x)
+    # Array by array: PyTorch takes number / array for the number times a rounded reciprocal.
+    return xp.where(zero, 0.0, xp.full_like(x, numerator) / x)
+
+
 def map_blocks(function: Callable[..., Any], rows: int, *arrays: Array) -> Any:
     """Apply `function`, which maps rows one by one, to at most `rows` rows of `arrays` at a time.
 
@@ -106,7 +114,7 @@ def largest_positions(x: Array, count: int) -> Array:
 def first_largest(x: Array) -> Array:
     """Position of the largest value along the last axis, the first of equals, as int32."""
     xp = compat.array_namespace(x)
-    if compat.is_jax_namespace(xp) and on_cpu(x):
+    if compat.is_jax_namespace(xp) and on_cpu(x) and x.shape[-1] <= 2**24:
         # Its own search does not use the vector units; minima of float32 do.
         place, last = xp.arange(x.shape[-1], dtype=xp.float32), x.shape[-1] - 1.0
         place = xp.where(x == xp.max(x, axis=-1, keepdims=True), place, last)

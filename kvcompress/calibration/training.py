@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-from kvcompress.arrays import HostArray
+from kvcompress.arrays import HostArray, bisect
 from kvcompress.calibration.codebooks import train_codebooks
 from kvcompress.calibration.parameters import LayerParameters, RoleParameters
 from kvcompress.calibration.statistics import LayerStatistics
@@ -83,14 +83,13 @@ def rates(distortion: HostArray, level: float) -> HostArray:
 
 
 def water_level(distortions: list[HostArray], bits: float) -> float:
-    """Water level at which the coefficients of all `damages` deserve `bits` on average."""
-    low, high = -200.0, 200.0
+    """Water level at which the coefficients of all `distortions` deserve `bits` on average."""
     every = np.concatenate([np.ravel(distortion) for distortion in distortions])
-    for _ in range(100):
-        middle = (low + high) / 2
-        spent = float(np.mean(rates(every, 2.0**middle)))
-        low, high = (middle, high) if spent > bits else (low, middle)
-    return float(2.0**high)
+
+    def below(log_level: float) -> bool:
+        return float(np.mean(rates(every, 2.0**log_level))) > bits
+
+    return float(2.0 ** bisect(below, -200.0, 200.0, steps=100))
 
 
 def code_bytes(statistics: LayerStatistics, bits: float, scope: Scope) -> tuple[int, int]:

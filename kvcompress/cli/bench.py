@@ -5,36 +5,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeAlias
-from unittest.mock import patch
 
 import click
-import numpy as np
 from rich.table import Table
 
-from kvcompress import ops
 from kvcompress.arrays import (
-    FLOAT16_MAX,
     FLOATING,
     Array,
     dtype_name,
-    dtype_of,
     itemsize,
-    namespace_of,
 )
 from kvcompress.backend import Dispatcher, select
 from kvcompress.cli.console import InputError, progress, results_table, stdout
 from kvcompress.cli.libraries import LIBRARIES, Library, installed, median_time
 from kvcompress.cli.presets import presets, settings
 from kvcompress.compressor.compressor import KVCacheCompressor
-from kvcompress.ops import AffineSpec, RotatedSpec
+from kvcompress.ops.affine import AffineSpec
+from kvcompress.ops.inputs import Call, Inputs
+from kvcompress.ops.registry import OPERATIONS, Operation
 
 Shape: TypeAlias = tuple[int, int, int, int]
-
-BITS, GROUP, VECTOR_DIM, CODEBOOK = 4, 64, 4, 256
-"""Settings of the operations: the usual ones."""
 
 BUDGET = 3.0
 """Seconds after which no call is repeated."""
@@ -71,8 +64,8 @@ class Case:
     arguments : tuple
     source : tuple of arrays
         What is coded or restored, uncoded.
-    ops : Ops, optional
-        Of a compressor, which runs more than one operation.
+    compressor : KVCacheCompressor, optional
+        Whose method `run` is, for it runs more than one operation.
     """
 
     op: str
@@ -82,7 +75,7 @@ class Case:
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
     source: tuple[Array, ...]
-    ops: Dispatcher | None = None
+    compressor: KVCacheCompressor | None = None
 
 
 @dataclass(frozen=True)
@@ -175,25 +168,25 @@ def _measure(
         seconds,
         copy_time,
         generic[key],
-        _outside(case, case.ops) if case.ops and not library.compiles else None,
+        _outside(case, case.compressor) if case.compressor and not library.compiles else None,
         library.peak(case.run, *case.arguments),
     )
 
 
-def _outside(case: Case, ops: Dispatcher) -> float:
+def _outside(case: Case, compressor: KVCacheCompressor) -> float:
     """Share of the time of a compressor that no operation takes."""
-    watch = _Stopwatch(ops.backends)
-    with patch("kvcompress.compressor.compressor.select", lambda _: watch):
-        start = time.perf_counter()
-        case.run(*case.arguments)
-        return 1 - sum(watch.seconds) / (time.perf_counter() - start)
+    watch = _Stopwatch(select(compressor.backend).backends)
+    timed = getattr(replace(compressor, backend=watch), f"{case.op}_kv")
+    start = time.perf_counter()
+    timed(*case.arguments)
+    return 1 - sum(watch.seconds) / (time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
 class _Stopwatch(Dispatcher):
     """Counts the time that operations take."""
 
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list, compare=False)
 
     def __call__(self, op: Callable[..., Any], *arrays: Array, **static: Any) -> Any:
         start = time.perf_counter()
@@ -203,65 +196,38 @@ class _Stopwatch(Dispatcher):
 
 
 def _cases(shape: Shape, dtype: str, name: str, library: Library) -> Iterator[Case]:
-    x, y = (_normal(shape, dtype, seed, library) for seed in (0, 1))
-    for op, setting, source, arguments, static in _operations(
-        library.xp.reshape(x, (-1, *shape[-2:])), library
-    ):
-        for chosen in dict.fromkeys(
-            (Dispatcher(), select())
-        ):  # the same, where there are no kernels
-            backend = chosen.backend_for(op.__name__, *arguments, **static)
+    choices = tuple(dict.fromkeys((Dispatcher(), select())))  # the same, where there are no kernels
+    for op, call in _operations(shape, dtype, library):
+        for chosen in choices:
+            backend = chosen.backend_for(op.name, *call.arrays, **call.static)
             if backend is not None or not chosen.backends:
                 who = "generic" if backend is None else backend.name
-                run = library.compile(partial(chosen, op, **static))
-                yield Case(op.__name__, setting, name, who, run, arguments, (source,))
-    fast = select().backend_for("quantize", x, spec=AffineSpec(BITS, GROUP, "token"))
+                run = library.compile(partial(chosen, op.function, **call.static))
+                source = call.arrays[0] if call.source is None else call.source
+                yield Case(op.name, call.label, name, who, run, call.arrays, (source,))
+    inputs = Inputs((shape[0] * shape[1], *shape[2:]), dtype, "typical", library.array)
+    source = tuple(inputs.tensor(shape) for _ in range(2))
+    fast = select().backend_for("quantize", source[0], spec=AffineSpec(4, 64, "token"))
     for method_name, known in presets([shape[-1]]).items():
         method = known[len(known) // 2]
+        setting = f"{method_name}: {settings(method)}"
         for chosen in (Dispatcher(), *([select()] if fast else [])):
             who = "generic" if fast is None or not chosen.backends else fast.name
-            compressor = KVCacheCompressor(method, backend=None if chosen.backends else "generic")
-            setting, source = f"{method_name}: {settings(method)}", (x, y)
+            compressor = KVCacheCompressor(method, backend=chosen)
             compress = library.compile(compressor.compress_kv)
-            yield Case("compress", setting, name, who, compress, source, source, chosen)
+            yield Case("compress", setting, name, who, compress, source, source, compressor)
             decompress = library.compile(compressor.decompress_kv)
-            compressed = (compress(x, y),)
-            yield Case("decompress", setting, name, who, decompress, compressed, source, chosen)
+            compressed = (compress(*source),)
+            yield Case("decompress", setting, name, who, decompress, compressed, source, compressor)
 
 
-def _operations(x: Array, library: Library) -> Iterator[tuple[Any, ...]]:
-    """Operation, setting, what is coded or restored, arguments, static arguments."""
-    xp, channels = library.xp, x.shape[-1]
-    yield ops.within, "", x, (x,), {"limit": FLOAT16_MAX}
-    wide = xp.astype(x, xp.float32)
-    yield ops.cast, "to float16", wide, (wide,), {"dtype": "float16"}
-    for axis in ("channel", "token"):
-        spec = AffineSpec(BITS, GROUP, axis)
-        setting = f"{BITS} bits, {GROUP} a group, per {axis}"
-        yield ops.quantize, setting, x, (x,), {"spec": spec}
-        static = {"spec": spec, "channels": channels, "dtype": dtype_name(x.dtype)}
-        quantized = library.compile(partial(select(), ops.quantize, spec=spec))(x)
-        yield ops.dequantize, setting, x, quantized, static
-    rotated = RotatedSpec(BITS, 0)
-    setting = f"{BITS} bits, rotated"
-    yield ops.quantize_rotated, setting, x, (x,), {"spec": rotated}
-    static = {"spec": rotated, "channels": channels, "dtype": dtype_name(x.dtype)}
-    quantized = library.compile(partial(select(), ops.quantize_rotated, spec=rotated))(x)
-    yield ops.dequantize_rotated, setting, x, quantized, static
-    clipped = AffineSpec(2, GROUP, "token")
-    yield ops.clip_groups, f"2 bits, {GROUP} a group, per token", x, (x,), {"spec": clipped}
-    dim = math.gcd(VECTOR_DIM, channels)
-    vectors = xp.reshape(wide, (-1, dim))
-    codebook = vectors[:CODEBOOK, :]
-    setting = f"{codebook.shape[0]} codes of {dim} values"
-    yield ops.nearest, setting, vectors, (vectors, codebook), {}
-    codes = library.compile(partial(select(), ops.nearest))(vectors, codebook)
-    yield ops.lookup, setting, vectors, (codes, codebook), {}
-
-
-def _normal(shape: Shape, dtype: str, seed: int, library: Library) -> Array:
-    x = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-    return library.array(x.astype(dtype_of(namespace_of(np), dtype)))
+def _operations(shape: Shape, dtype: str, library: Library) -> Iterator[tuple[Operation, Call]]:
+    """Every operation at its typical settings, in `dtype` if it is for that."""
+    folded = (shape[0] * shape[1], *shape[2:])
+    for op in list(OPERATIONS.values()):
+        drawn = dtype if dtype in op.dtypes else op.dtypes[0]
+        inputs = Inputs(folded, drawn, "typical", library.array)
+        yield from ((op, call) for call in op.examples(inputs))
 
 
 def _table(rows: Sequence[Row], title: str, caption: str) -> Table:

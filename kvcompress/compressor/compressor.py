@@ -14,10 +14,9 @@ from kvcompress.compressor.cache import CacheCodec
 from kvcompress.compressor.layer import LayerCodec
 from kvcompress.compressor.size import Shape, cache_size, layer_size
 from kvcompress.compressor.validation import check_pair
-from kvcompress.errors import LayoutError, SettingError, check_integer
+from kvcompress.errors import LayoutError, SettingError, check_choice, check_integer, normalize
 from kvcompress.methods import CacheMethod, Method
-
-QUANT_BITS = (2, 3, 4, 8)
+from kvcompress.ops.packing import CODE_BITS
 
 
 class KVCache(Protocol):
@@ -70,8 +69,10 @@ class KVCacheCompressor:
     nonfinite : {"raise", "saturate"}
         What NaN, infinities and magnitudes above 2**120 become: an error (as far as values can be
         looked at: not under ``jax.jit``), or zero and the largest magnitude of that sign.
-    backend : str, optional
-        "auto", "generic" or a backend's name; None asks ``KVCOMPRESS_BACKEND``, then is "auto".
+    backend : str or Dispatcher, optional
+        "auto", "generic" or a backend's name; None asks ``KVCOMPRESS_BACKEND``, then is "auto". A
+        name is looked up by every call, so a pickled compressor uses what there is where it is
+        loaded. A `kvcompress.backend.Dispatcher` is used as it is, and pickled with its backends.
 
     Raises
     ------
@@ -86,7 +87,7 @@ class KVCacheCompressor:
     sinks: int = 0
     window: int = 0
     nonfinite: Literal["raise", "saturate"] = "raise"
-    backend: str | None = None
+    backend: str | Dispatcher | None = None
 
     def __post_init__(self) -> None:
         method: Any = self.method
@@ -102,10 +103,12 @@ class KVCacheCompressor:
             raise SettingError(
                 f"value_method must be a Method such as LowRank(rank=32), got {value_method!r}"
             )
-        if type(self.quant_bits) is not int or self.quant_bits not in QUANT_BITS:
-            raise SettingError(f"quant_bits must be 2, 3, 4 or 8, got {self.quant_bits!r}")
-        check_integer("sinks", self.sinks, 0)
-        check_integer("window", self.window, 0)
+        normalize(
+            self,
+            quant_bits=check_choice("quant_bits", self.quant_bits, CODE_BITS, "2, 3, 4 or 8"),
+            sinks=check_integer("sinks", self.sinks, 0),
+            window=check_integer("window", self.window, 0),
+        )
         if self.nonfinite not in ("raise", "saturate"):
             raise SettingError(f'nonfinite must be "raise" or "saturate", got {self.nonfinite!r}')
 

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise
 from typing import Any, Self
 
 from kvcompress.arrays import FLOATING, Array, array_namespace, astype, dtype_name
-from kvcompress.errors import DTypeError, SettingError, ShapeError, check_integer
+from kvcompress.errors import DTypeError, SettingError, ShapeError, check_integer, normalize
 from kvcompress.rope.embedding import RoPE
 
 TINY = 2.0**-16
@@ -36,7 +36,7 @@ class LayerShape:
 
     def __post_init__(self) -> None:
         for name in ("heads", "key_dim", "value_dim"):
-            check_integer(name, getattr(self, name), 1)
+            normalize(self, **{name: check_integer(name, getattr(self, name), 1)})
         if self.rope is not None and self.rope.head_dim != self.key_dim:
             raise SettingError(
                 f"key_dim is {self.key_dim}, but rope is for head_dim {self.rope.head_dim}"

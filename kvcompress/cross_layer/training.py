@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kvcompress.arrays import HostArray
+from kvcompress.arrays import HostArray, bisect
 from kvcompress.cross_layer.layer_group import LayerGroup
 from kvcompress.cross_layer.metric import Metric
 from kvcompress.cross_layer.parameters import CrossLayerParameters, store_basis
@@ -232,13 +232,12 @@ def _sample(statistics: LayerGroupStatistics, basis: LayerGroupBasis) -> _Sample
 
 def _first_guess(variances: HostArray, bits: float) -> float:
     """Binary logarithm of the step at which components of these variances deserve so many bits."""
-    low, high = -60.0, 60.0
     logs = np.log2(np.maximum(variances.astype(np.float64), 1e-30)) / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        spent = float(np.sum(np.maximum(0.0, logs - middle + 0.5)))
-        low, high = (middle, high) if spent > bits else (low, middle)
-    return high
+
+    def below(log_step: float) -> bool:
+        return float(np.sum(np.maximum(0.0, logs - log_step + 0.5))) > bits
+
+    return float(bisect(below, -60.0, 60.0, steps=60))
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from kvcompress.arrays import HostArray
+from kvcompress.arrays import HostArray, bisect
 from kvcompress.errors import ShapeError
 
 _BLOCK = 2**22
@@ -150,12 +150,13 @@ def _rate(x: HostArray, restored: HostArray) -> float:
     error = np.mean(np.sum((x - restored) ** 2, axis=-1), axis=-1, keepdims=True)
     if np.any((error == 0) & np.any(variances > 0, axis=-1, keepdims=True)):
         return float("inf")
-    low, high = np.zeros_like(error), np.max(variances, axis=-1, keepdims=True)
-    for _ in range(200):
-        level = (low + high) / 2
-        over = np.sum(np.minimum(variances, level), axis=-1, keepdims=True) > error
-        low, high = np.where(over, low, level), np.where(over, level, high)
-    ratio = variances / np.where(high > 0, high, 1.0)
+
+    def below(level: HostArray) -> HostArray:
+        return np.asarray(np.sum(np.minimum(variances, level), axis=-1, keepdims=True) <= error)
+
+    largest = np.max(variances, axis=-1, keepdims=True)
+    level = bisect(below, np.zeros_like(error), largest, steps=200)
+    ratio = variances / np.where(level > 0, level, 1.0)
     return float(np.sum(np.log2(np.maximum(ratio, 1.0))) / 2)
 
 

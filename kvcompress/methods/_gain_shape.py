@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import TypeAlias
 
-from kvcompress.arrays import Array, array_namespace, device
+from kvcompress.arrays import Array, array_namespace, device, quotient
 
 Errors: TypeAlias = Callable[[], Array]
 """Computes, if asked, the squared error ``[heads, tokens]`` of every token, up to a factor."""
@@ -39,8 +39,7 @@ def norms(x: Array) -> tuple[Array, Array, Array]:
 
 def inverse(norm: Array) -> Array:
     """Inverse of norms, 0 of 0."""
-    xp = array_namespace(norm)
-    return xp.where(norm > 0, 1.0 / xp.where(norm > 0, norm, 1.0), 0.0)
+    return quotient(1.0, norm, ~(norm > 0))
 
 
 def best_gain(along: Array, power: Array) -> Array:

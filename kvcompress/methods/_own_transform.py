@@ -15,6 +15,7 @@ from kvcompress.arrays import (
 )
 from kvcompress.backend import Dispatcher
 from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
+from kvcompress.methods._side_information import GAINS
 from kvcompress.methods.base import Payload, TensorSpec
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
 from kvcompress.ops.allocated import (
@@ -35,26 +36,23 @@ SAMPLE = 1024
 """Tokens at least, evenly spaced, that this is judged by."""
 
 GAIN_BITS = 9
-"""What the gain of a token takes: a byte, and the ends of 32 gains."""
+"""What the gain of a token takes: a byte, and the range of 32 gains."""
 
 
 def encoded_spec(bits: float, spec: TensorSpec) -> Mapping[str, TensorSpec]:
     """Arrays of the payload; see `Method.encoded_spec`."""
     heads, tokens, head_dim = spec.shape
-    gains, row = _gains(spec.dtype), TensorSpec((heads, 1, head_dim), spec.dtype)
-    ends = TensorSpec((heads, *gains.ends_shape(tokens, 1)), spec.dtype)
+    row = TensorSpec((heads, 1, head_dim), spec.dtype)
     return {
         "codes": TensorSpec((heads, tokens, packed_size(_bits(bits, head_dim), 1)), "uint8"),
-        "gain_codes": TensorSpec((heads, *gains.codes_shape(tokens, 1)), "uint8"),
-        "gain_lower": ends,
-        "gain_upper": ends,
-        "depths": TensorSpec((heads, head_dim), "uint8"),
+        **GAINS.encoded_spec(TensorSpec((heads, tokens, 1), spec.dtype)),
+        "component_bits": TensorSpec((heads, head_dim), "uint8"),
         "step": row,
         "mean": row,
         "scale": TensorSpec((heads, 1, 1), "float32"),
         "basis": TensorSpec((heads, head_dim, head_dim), "uint8"),
-        "basis_lower": row,
-        "basis_upper": row,
+        "basis_min": row,
+        "basis_max": row,
     }
 
 
@@ -66,10 +64,7 @@ def encode(bits: float, x: Array, dispatch: Dispatcher) -> tuple[Payload, Errors
     payload = _encode(total, unit, dtype, dispatch)
     direction = _decode(total, payload, dispatch)
     gain = best_gain(*(xp.vecdot(x, direction)[..., None] for x in (unit, direction)))
-    codes, lower, upper = dispatch(
-        quantize, cast(norm * gain * peak, dtype=dtype), spec=_gains(dtype)
-    )
-    gains = {"gain_codes": codes, "gain_lower": lower, "gain_upper": upper}
+    gains = GAINS.encode(cast(norm * gain * peak, dtype=dtype), dispatch)
 
     def errors() -> Array:
         error = (unit - gain * direction) * norm
@@ -80,8 +75,7 @@ def encode(bits: float, x: Array, dispatch: Dispatcher) -> tuple[Payload, Errors
 
 def decode(bits: float, payload: Payload, spec: TensorSpec, dispatch: Dispatcher) -> Array:
     """Tensor ``[heads, tokens, head_dim]``, float32."""
-    gains = (payload[f"gain_{name}"] for name in ("codes", "lower", "upper"))
-    gain = dispatch(dequantize, *gains, spec=_gains(spec.dtype), channels=1)
+    gain = GAINS.decode(payload, TensorSpec((*spec.shape[:-1], 1), spec.dtype), dispatch)
     x = _decode(_bits(bits, spec.shape[-1]), payload, dispatch)
     x *= gain
     return x
@@ -92,11 +86,11 @@ def _encode(total: int, x: Array, dtype: str, dispatch: Dispatcher) -> Payload:
     xp, head_dim = array_namespace(x), x.shape[-1]
     principal, _ = principal_components(x, head_dim)
     spec = AffineSpec(8, head_dim, "channel", dtype)
-    basis, lower, upper = dispatch(quantize, astype(principal.basis, "float32"), spec=spec)
+    basis, minimum, maximum = dispatch(quantize, astype(principal.basis, "float32"), spec=spec)
     payload = {
         "basis": basis,
-        "basis_lower": lower,
-        "basis_upper": upper,
+        "basis_min": minimum,
+        "basis_max": maximum,
         "mean": astype(principal.mean, dtype),
         "scale": principal.scale,
     }
@@ -105,20 +99,20 @@ def _encode(total: int, x: Array, dtype: str, dispatch: Dispatcher) -> Payload:
     # By the inverse of the basis as it will be decoded: its rounding then costs nothing.
     y = x @ xp.matrix_transpose(map_matrices(xp.linalg.inv, _basis(payload, dispatch)))
     deviation = xp.sqrt(xp.sum(y * y, axis=-2, keepdims=True) / max(x.shape[-2], 1))
-    payload["depths"] = allocate((deviation * deviation)[:, 0, :], total)
-    payload["step"] = cast(_best_step(y, deviation, payload["depths"]), dtype=dtype)
+    payload["component_bits"] = allocate((deviation * deviation)[:, 0, :], total)
+    payload["step"] = cast(_best_step(y, deviation, payload["component_bits"]), dtype=dtype)
     y = y / _divisor(astype(payload["step"], "float32"))
-    payload["codes"] = dispatch(quantize_allocated, y, payload["depths"], bits=total)
+    payload["codes"] = dispatch(quantize_allocated, y, payload["component_bits"], bits=total)
     return payload
 
 
-def _best_step(y: Array, deviation: Array, depths: Array) -> Array:
+def _best_step(y: Array, deviation: Array, component_bits: Array) -> Array:
     """What to take for a component's deviation: more, where a few tokens lie far out."""
     xp, errors = array_namespace(y), []
     y = y[:, :: max(1, y.shape[1] // SAMPLE), :]
     for widening in WIDENINGS:
         step = deviation * widening
-        error = y - round_allocated(y / _divisor(step), depths) * step
+        error = y - round_allocated(y / _divisor(step), component_bits) * step
         errors.append(xp.sum(error * error, axis=-2, keepdims=True))
     best = xp.argmin(xp.stack(errors), axis=0)
     table = xp.asarray(WIDENINGS, dtype=xp.float32, device=device(y))
@@ -131,7 +125,7 @@ def _divisor(step: Array) -> Array:
 
 def _decode(total: int, payload: Payload, dispatch: Dispatcher) -> Array:
     xp = array_namespace(payload["codes"])
-    levels = dispatch(dequantize_allocated, payload["codes"], payload["depths"], bits=total)
+    levels = dispatch(dequantize_allocated, payload["codes"], payload["component_bits"], bits=total)
     levels *= astype(payload["step"], "float32")
     x = levels @ xp.matrix_transpose(_basis(payload, dispatch))
     x += astype(payload["mean"], "float32")
@@ -141,15 +135,11 @@ def _decode(total: int, payload: Payload, dispatch: Dispatcher) -> Array:
 
 def _basis(payload: Payload, dispatch: Dispatcher) -> Array:
     codes, head_dim = payload["basis"], payload["basis"].shape[-1]
-    spec = AffineSpec(8, head_dim, "channel", dtype_name(payload["basis_lower"].dtype))
-    ends = payload["basis_lower"], payload["basis_upper"]
-    return dispatch(dequantize, codes, *ends, spec=spec, channels=head_dim)
+    spec = AffineSpec(8, head_dim, "channel", dtype_name(payload["basis_min"].dtype))
+    ranges = payload["basis_min"], payload["basis_max"]
+    return dispatch(dequantize, codes, *ranges, spec=spec, channels=head_dim)
 
 
 def _bits(bits: float, head_dim: int) -> int:
     """Bits of the code of a token."""
     return min(max(1, round(bits * head_dim) - GAIN_BITS), DEEPEST * head_dim)
-
-
-def _gains(dtype: str) -> AffineSpec:
-    return AffineSpec(8, 32, "channel", dtype)

@@ -8,23 +8,22 @@ from typing import Literal, Self
 
 from kvcompress.arrays import Array, dtype_name
 from kvcompress.backend import Dispatcher
-from kvcompress.errors import SettingError, check_integer
+from kvcompress.errors import SettingError, check_choice, check_integer, normalize
 from kvcompress.methods import _grouped
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.clipping import clip_groups
-
-BITS = (2, 3, 4, 8)
+from kvcompress.ops.packing import CODE_BITS
 
 
 @dataclass(frozen=True)
 class GroupQuantization(Method):
-    """Quantize groups of values between two ends of their own.
+    """Quantize groups of values between their minimum and maximum.
 
     Keys per channel, values per token: KIVI (Liu et al. 2024, arXiv 2402.02750). Two things are
     done better: with 2 bits every group is clipped to the range that serves it best in squares, and
-    below 8 bits the ends are themselves quantized, in 8 bits and groups of 32. With 8 bits the ends
-    are kept exact, or they would add as much error as the codes.
+    below 8 bits minima and maxima are themselves quantized, in 8 bits and groups of 32. With 8 bits
+    they are kept exact, or they would add as much error as the codes.
 
     Parameters
     ----------
@@ -51,9 +50,8 @@ class GroupQuantization(Method):
     value_axis: Literal["channel", "token"] = "token"
 
     def __post_init__(self) -> None:
-        if type(self.bits) is not int or self.bits not in (0, *BITS):
-            raise SettingError(f"bits must be 2, 3, 4, 8, or 0 for quant_bits, got {self.bits!r}")
-        check_integer("group_size", self.group_size, 2)
+        bits = check_choice("bits", self.bits, (0, *CODE_BITS), "2, 3, 4, 8, or 0 for quant_bits")
+        normalize(self, bits=bits, group_size=check_integer("group_size", self.group_size, 2))
         for name in ("key_axis", "value_axis"):
             axis = getattr(self, name)
             if axis not in ("channel", "token"):
@@ -69,7 +67,7 @@ class GroupQuantization(Method):
 
     @classmethod
     def at_bits(cls, bits: float, /) -> Self | None:
-        return cls(int(bits)) if bits in BITS else None
+        return cls(int(bits)) if bits in CODE_BITS else None
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         return _grouped.encoded_spec(self._affine(spec.dtype, role), spec)

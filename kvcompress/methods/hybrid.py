@@ -9,7 +9,7 @@ from typing import Self
 
 from kvcompress.arrays import Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Dispatcher
-from kvcompress.errors import SettingError, check_fraction, check_integer
+from kvcompress.errors import SettingError, check_fraction, check_integer, normalize
 from kvcompress.methods import _grouped
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.methods.low_rank import basis_spec
@@ -24,7 +24,7 @@ class Hybrid(Method):
     """Quantize the coefficients of the `rank` principal components of every head.
 
     Groups run along the tokens of one component, so that each component has steps of its own; below
-    8 bits their ends are themselves quantized, in 8 bits and groups of 32. The coefficients
+    8 bits minima and maxima are themselves quantized, in 8 bits and groups of 32. The coefficients
     farthest from zero, in standard deviations of their component, are kept exact and widen no group
     (dense and sparse, as in KVQuant, Hooper et al. 2024, arXiv 2401.18079).
 
@@ -54,10 +54,13 @@ class Hybrid(Method):
     outliers: float = 0.001
 
     def __post_init__(self) -> None:
-        check_integer("rank", self.rank, 1)
-        check_integer("quant_bits", self.quant_bits, 0, 8)
-        check_integer("group_size", self.group_size, 2)
-        check_fraction("outliers", self.outliers)
+        normalize(
+            self,
+            rank=check_integer("rank", self.rank, 1),
+            quant_bits=check_integer("quant_bits", self.quant_bits, 0, 8),
+            group_size=check_integer("group_size", self.group_size, 2),
+            outliers=check_fraction("outliers", self.outliers),
+        )
 
     def bind(self, quant_bits: int) -> Self:
         return self if self.quant_bits else replace(self, quant_bits=quant_bits)
@@ -71,6 +74,11 @@ class Hybrid(Method):
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, _ = spec.shape
+        if self.outliers and tokens * self.rank >= 2**31:
+            raise SettingError(
+                "outliers are numbered in 32 bits, so seq_len * rank must be below 2**31, got "
+                f"{tokens} * {self.rank}; set outliers=0 or compress fewer tokens at a time"
+            )
         kept = (heads, self._kept(tokens))
         return {
             **_grouped.encoded_spec(self._affine(spec.dtype), self._coefficients(spec)),

@@ -15,6 +15,7 @@ from kvcompress.errors import (
     ShapeError,
     check_fraction,
     check_integer,
+    normalize,
 )
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.casting import cast
@@ -45,7 +46,7 @@ class LowRank(Method):
     rank: int
 
     def __post_init__(self) -> None:
-        check_integer("rank", self.rank, 1)
+        normalize(self, rank=check_integer("rank", self.rank, 1))
 
     @classmethod
     def fit(cls, k: Array, v: Array | None = None, /, *, energy: float = 0.9) -> Self:

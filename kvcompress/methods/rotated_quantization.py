@@ -8,9 +8,9 @@ from typing import Self
 
 from kvcompress.arrays import Array, dtype_name
 from kvcompress.backend import Dispatcher
-from kvcompress.errors import check_integer
+from kvcompress.errors import check_integer, normalize
+from kvcompress.methods._side_information import GAINS
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
-from kvcompress.ops.affine import AffineSpec, dequantize, quantize
 from kvcompress.ops.casting import cast
 from kvcompress.ops.rotated import RotatedSpec, dequantize_rotated, quantize_rotated
 
@@ -46,8 +46,8 @@ class RotatedQuantization(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_integer("bits", self.bits, 1, 8)
-        check_integer("seed", self.seed, 0)
+        bits = check_integer("bits", self.bits, 1, 8)
+        normalize(self, bits=bits, seed=check_integer("seed", self.seed, 0))
 
     @classmethod
     def presets(cls, head_dims: Collection[int], /) -> tuple[Self, ...]:
@@ -59,33 +59,17 @@ class RotatedQuantization(Method):
 
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         heads, tokens, head_dim = spec.shape
-        gains = _gains(spec.dtype)
-        ends = TensorSpec((heads, *gains.ends_shape(tokens, 1)), spec.dtype)
-        return {
-            "codes": TensorSpec((heads, *self._spec.codes_shape(tokens, head_dim)), "uint8"),
-            "gain_codes": TensorSpec((heads, *gains.codes_shape(tokens, 1)), "uint8"),
-            "gain_lower": ends,
-            "gain_upper": ends,
-        }
+        codes = TensorSpec((heads, *self._spec.codes_shape(tokens, head_dim)), "uint8")
+        return {"codes": codes, **GAINS.encoded_spec(_gains(spec))}
 
     def encode(self, x: Array, role: Role, dispatch: Dispatcher) -> Payload:
-        dtype = dtype_name(x.dtype)
         codes, gain = dispatch(quantize_rotated, x, spec=self._spec)
-        # Cast first: the gain of a token of 65504s, corrected, is a little more.
-        gain_codes, lower, upper = dispatch(
-            quantize, dispatch(cast, gain, dtype=dtype), spec=_gains(dtype)
-        )
-        return {"codes": codes, "gain_codes": gain_codes, "gain_lower": lower, "gain_upper": upper}
+        # Cast first: the gain of a token of the largest float16, corrected, is a little more.
+        gain = dispatch(cast, gain, dtype=dtype_name(x.dtype))
+        return {"codes": codes, **GAINS.encode(gain, dispatch)}
 
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, dispatch: Dispatcher) -> Array:
-        gain = dispatch(
-            dequantize,
-            payload["gain_codes"],
-            payload["gain_lower"],
-            payload["gain_upper"],
-            spec=_gains(spec.dtype),
-            channels=1,
-        )
+        gain = GAINS.decode(payload, _gains(spec), dispatch)
         static = {"spec": self._spec, "channels": spec.shape[-1], "dtype": spec.dtype}
         return dispatch(dequantize_rotated, payload["codes"], gain, **static)
 
@@ -94,5 +78,5 @@ class RotatedQuantization(Method):
         return RotatedSpec(self.bits, self.seed)
 
 
-def _gains(dtype: str) -> AffineSpec:
-    return AffineSpec(8, 32, "channel", dtype)
+def _gains(spec: TensorSpec) -> TensorSpec:
+    return TensorSpec((*spec.shape[:-1], 1), spec.dtype)

@@ -12,7 +12,13 @@ from kvcompress.backend import Dispatcher
 from kvcompress.calibration.parameters import LayerParameters
 from kvcompress.calibration.statistics import LayerStatistics
 from kvcompress.calibration.training import Scope, train
-from kvcompress.errors import CalibrationError, SettingError, check_fraction
+from kvcompress.errors import (
+    CalibrationError,
+    SettingError,
+    check_fraction,
+    check_number,
+    normalize,
+)
 from kvcompress.methods import _own_transform, _trained_transform
 from kvcompress.methods._heads import join_heads, split_heads
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
@@ -73,10 +79,7 @@ class TransformCoding(Method):
     scope: Scope = "layer"
 
     def __post_init__(self) -> None:
-        bits: Any = self.bits
-        number = isinstance(bits, int | float) and not isinstance(bits, bool)
-        if not number or not LEAST <= bits <= MOST:
-            raise SettingError(f"bits must be a number from 0.25 to 8, got {bits!r}")
+        bits = check_number("bits", self.bits, LEAST, MOST)
         known = self.calibration
         if not isinstance(known, LayerStatistics | LayerParameters | str | None):
             raise SettingError(
@@ -85,7 +88,7 @@ class TransformCoding(Method):
             )
         if isinstance(known, LayerParameters) and known.bits != bits:
             raise SettingError(f"this was trained for {known.bits} bits per value, not {bits}")
-        check_fraction("exact", self.exact)
+        normalize(self, bits=bits, exact=check_fraction("exact", self.exact))
         if self.scope not in ("head", "layer"):
             raise SettingError(f'scope must be "head" or "layer", got {self.scope!r}')
 

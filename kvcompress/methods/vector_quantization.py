@@ -9,7 +9,7 @@ from typing import Self
 
 from kvcompress.arrays import Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Dispatcher
-from kvcompress.errors import SettingError, check_fraction, check_integer
+from kvcompress.errors import SettingError, check_fraction, check_integer, normalize
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.casting import cast
 from kvcompress.ops.kmeans import kmeans, lookup, nearest
@@ -54,12 +54,15 @@ class VectorQuantization(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_integer("codebook_size", self.codebook_size, 2, 2**16)
-        if self.vector_dim is not None:
-            check_integer("vector_dim", self.vector_dim, 1)
-        check_fraction("exact", self.exact)
-        check_integer("iterations", self.iterations, 0)
-        check_integer("seed", self.seed, 0)
+        dim = self.vector_dim
+        normalize(
+            self,
+            codebook_size=check_integer("codebook_size", self.codebook_size, 2, 2**16),
+            vector_dim=None if dim is None else check_integer("vector_dim", dim, 1),
+            exact=check_fraction("exact", self.exact),
+            iterations=check_integer("iterations", self.iterations, 0),
+            seed=check_integer("seed", self.seed, 0),
+        )
 
     @classmethod
     def presets(cls, head_dims: Collection[int], /) -> tuple[Self, ...]:

@@ -1,7 +1,7 @@
 """Pure functions over any Array API namespace: the codec's building blocks.
 
-Each is the generic form of an operation that a backend may take over, and what every kernel is
-tested against.
+Those with the decorator `operation` are the generic form of what a backend may take over, which
+every kernel is tested against; `OPERATIONS` lists them.
 """
 
 from kvcompress.ops.affine import AffineSpec, dequantize, quantize
@@ -15,10 +15,12 @@ from kvcompress.ops.outliers import gather_rows, largest, put_rows
 from kvcompress.ops.packing import pack, packed_size, unpack
 from kvcompress.ops.pca import Principal, center, principal_components, reconstruct, variances
 from kvcompress.ops.product import decode_product, encode_product
+from kvcompress.ops.registry import OPERATIONS, operation
 from kvcompress.ops.rotated import RotatedSpec, dequantize_rotated, quantize_rotated
 from kvcompress.ops.slots import Paged, gather_slots, scatter_slots
 
 __all__ = [
+    "OPERATIONS",
     "AffineSpec",
     "Paged",
     "Principal",
@@ -40,6 +42,7 @@ __all__ = [
     "largest",
     "lookup",
     "nearest",
+    "operation",
     "pack",
     "packed_size",
     "principal_components",

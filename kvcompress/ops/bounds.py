@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from kvcompress.arrays import Array, array_namespace
+from collections.abc import Iterator
+
+from kvcompress.arrays import FLOAT16_MAX, Array, array_namespace
+from kvcompress.ops.inputs import Call, Inputs
+from kvcompress.ops.registry import SameValues, operation
 
 
+def _examples(inputs: Inputs) -> Iterator[Call]:
+    largest = FLOAT16_MAX if inputs.dtype == "float16" else 2.0**100
+    for limit in inputs.choose(every=(0.5, 0.75, largest), usual=(largest,)):
+        yield Call((inputs.tensor(),), {"limit": limit})
+
+
+@operation(_examples, SameValues(), paged=True)
 def within(x: Array, *, limit: float) -> Array:
     """Tell whether all magnitudes are at most `limit`; NaN is not.
 

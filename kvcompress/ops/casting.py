@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from kvcompress.arrays import FLOAT16_MAX, Array, array_namespace, astype, dtype_name
+from collections.abc import Iterator
+
+from kvcompress.arrays import FLOAT16_MAX, FLOATING, Array, array_namespace, astype, dtype_name
+from kvcompress.ops.inputs import Call, Inputs
+from kvcompress.ops.registry import operation
 
 
+def _examples(inputs: Inputs) -> Iterator[Call]:
+    others = [dtype for dtype in ("float16", "float32") if dtype != inputs.dtype]
+    for dtype in inputs.choose(every=FLOATING, usual=others):
+        yield Call((inputs.tensor(),), {"dtype": dtype}, f"to {dtype}")
+
+
+@operation(_examples)
 def cast(x: Array, *, dtype: str) -> Array:
-    """Cast, but what exceeds float16 becomes its largest instead of infinite.
+    """Cast to another dtype; what exceeds float16 becomes its largest instead of infinite.
 
     Parameters
     ----------

@@ -1,9 +1,10 @@
-"""Clipped ranges: with few bits, finer steps for most of a group outweigh what the ends lose."""
+"""Clipped ranges: with few bits, finer steps for most of a group outweigh a few large errors."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -18,7 +19,9 @@ from kvcompress.arrays import (
     look_up,
     map_blocks,
 )
-from kvcompress.ops.affine import AffineSpec, quantize
+from kvcompress.ops.affine import AXES, AffineSpec, quantize
+from kvcompress.ops.inputs import Call, Inputs
+from kvcompress.ops.registry import SameValues, operation
 
 CUTS = (0, 1, 2, 3)
 """How many sixteenths of its range a group may lose at either end."""
@@ -26,7 +29,26 @@ CUTS = (0, 1, 2, 3)
 ERRORS = 2**20
 """Errors held at a time."""
 
+LONGEST = 2**16
+"""Values of a group whose errors int32 can add up for any number of bits; no error exceeds 2**14.
 
+Kernels take no longer groups. The generic form adds them up part by part.
+"""
+
+_LOW = 15
+"""Bits of a sum that are added up apart from the higher ones, of longer groups."""
+
+
+def _examples(inputs: Inputs) -> Iterator[Call]:
+    x = inputs.tensor()
+    for bits in inputs.choose(every=(1, 2, 3), usual=(2,)):
+        for size in inputs.choose(every=(16, 64), usual=(64,)):
+            for axis in AXES:
+                label = f"{bits} bits, {size} a group, per {axis}"
+                yield Call((x,), {"spec": AffineSpec(bits, size, axis)}, label)
+
+
+@operation(_examples, SameValues())
 def clip_groups(x: Array, *, spec: AffineSpec) -> Array:
     """Clip every group of `x` to the range in which `quantize` has the least squared error.
 
@@ -47,25 +69,24 @@ def clip_groups(x: Array, *, spec: AffineSpec) -> Array:
     xp = array_namespace(x)
     axis = -2 if spec.axis == "channel" else -1
     # Eight bits are bytes, which packing leaves alone.
-    codes, lower, upper = quantize(x, spec=replace(spec, bits=8))
-    lower, upper = astype(lower, "float32"), astype(upper, "float32")
-    best = xp.reshape(_best_cuts(xp.astype(codes, xp.int32), spec, axis), lower.shape)
+    codes, minimum, maximum = quantize(x, spec=replace(spec, bits=8))
+    minimum, maximum = astype(minimum, "float32"), astype(maximum, "float32")
+    best = xp.reshape(_best_cuts(xp.astype(codes, xp.int32), spec, axis), minimum.shape)
     low, high = best // len(CUTS), best % len(CUTS)
-    sixteenth = (upper - lower) / 16
+    sixteenth = (maximum - minimum) / 16
     for cut in CUTS[1:]:
         # One by one: a product by 3 would be rounded, or not, as the compiler likes.
-        lower = xp.where(low >= cut, lower + sixteenth, lower)
-        upper = xp.where(high >= cut, upper - sixteenth, upper)
-    lower, upper = (_spread(a, spec.group_size, axis, x.shape[axis]) for a in (lower, upper))
-    return xp.minimum(xp.maximum(astype(x, "float32"), lower), upper)
+        minimum = xp.where(low >= cut, minimum + sixteenth, minimum)
+        maximum = xp.where(high >= cut, maximum - sixteenth, maximum)
+    minimum, maximum = (
+        _spread(a, spec.group_size, axis, x.shape[axis]) for a in (minimum, maximum)
+    )
+    return xp.minimum(xp.maximum(astype(x, "float32"), minimum), maximum)
 
 
 @cache
 def errors(bits: int) -> np.ndarray:
-    """Squared error of all 256 values for all pairs of cuts, ``[pairs, 256]``, in 2**-16 range**2.
-
-    Sums over groups of up to 2**19 values fit int32.
-    """
+    """Squared error of 256 values for all pairs of cuts, ``[pairs, 256]``, in 2**-16 range**2."""
     pairs = np.array(list(itertools.product(CUTS, CUTS)))
     start, stop = pairs[:, :1] / 16, 1 - pairs[:, 1:] / 16
     step = (stop - start) / (2**bits - 1)
@@ -79,24 +100,51 @@ def _best_cuts(codes: Array, spec: AffineSpec, axis: int) -> Array:
     xp, size = array_namespace(codes), max(1, min(spec.group_size, codes.shape[axis]))
     # One row for a code, so that what is added are rows; the last, without errors, is for gaps.
     table = np.pad(errors(spec.bits), ((0, 0), (0, 1))).T
-    gap = list(codes.shape)
-    gap[axis] = -codes.shape[axis] % size
-    if gap[axis]:
-        nothing = xp.full(tuple(gap), table.shape[0] - 1, dtype=xp.int32, device=device(codes))
-        codes = xp.concat([codes, nothing], axis=axis)
+    codes = _fill_up(codes, size, axis, table.shape[0] - 1)
     inner = codes.shape[-1] if axis == -2 else 1
     groups = math.prod(codes.shape) // max(1, size * inner)
+    codes = xp.reshape(codes, (groups, size, inner))
     rows = xp.asarray(np.ascontiguousarray(table), device=device(codes))
 
+    def sums(codes: Array) -> Array:
+        return xp.sum(look_up(rows, codes), axis=1, dtype=xp.int32)
+
     def block(codes: Array) -> Array:
-        return first_largest(-xp.sum(look_up(rows, codes), axis=1, dtype=xp.int32))
+        return first_largest(-sums(codes))
 
-    at_a_time = max(1, ERRORS // max(1, size * inner * table.shape[1]))
-    return map_blocks(block, at_a_time, xp.reshape(codes, (groups, size, inner)))
+    at_a_time = max(1, ERRORS // max(1, min(size, LONGEST) * inner * table.shape[1]))
+    if size <= LONGEST:
+        return map_blocks(block, at_a_time, codes)
+    codes = _fill_up(codes, LONGEST, -2, table.shape[0] - 1)
+    parts = codes.shape[1] // LONGEST
+    found = map_blocks(sums, at_a_time, xp.reshape(codes, (groups * parts, LONGEST, inner)))
+    return _least_sum(xp.reshape(found, (groups, parts, inner, table.shape[1])))
 
 
-def _spread(ends: Array, size: int, axis: int, n: int) -> Array:
-    """Repeat the end of every group for its members."""
-    xp = array_namespace(ends)
-    spread = xp.repeat(ends, min(size, n), axis=axis)
+def _fill_up(codes: Array, size: int, axis: int, code: int) -> Array:
+    """Lengthen an axis by `code` to a multiple of `size`."""
+    xp, gap = array_namespace(codes), list(codes.shape)
+    gap[axis] = -codes.shape[axis] % size
+    if not gap[axis]:
+        return codes
+    nothing = xp.full(tuple(gap), code, dtype=xp.int32, device=device(codes))
+    return xp.concat([codes, nothing], axis=axis)
+
+
+def _least_sum(parts: Array) -> Array:
+    """Position of the least sum over axis 1 along the last axis, the first of equals.
+
+    The sums need not fit int32: their lower bits are added up apart. They must fit 46 bits.
+    """
+    xp = array_namespace(parts)
+    low = xp.sum(parts % 2**_LOW, axis=1, dtype=xp.int32)
+    high = xp.sum(parts >> _LOW, axis=1, dtype=xp.int32) + (low >> _LOW)
+    least = high == xp.min(high, axis=-1, keepdims=True)
+    return first_largest(-xp.where(least, low % 2**_LOW, 2**_LOW))
+
+
+def _spread(x: Array, size: int, axis: int, n: int) -> Array:
+    """Repeat what every group has one of for its members."""
+    xp = array_namespace(x)
+    spread = xp.repeat(x, min(size, n), axis=axis)
     return spread[..., :n, :] if axis == -2 else spread[..., :n]

@@ -39,6 +39,9 @@ def gather_rows(x: Array, index: Array) -> Array:
     """
     xp = array_namespace(x, index)
     heads, rows, *rest = x.shape
+    if cuts := _cuts(index, rows):
+        parts = [gather_rows(x[cut, ...], index[cut, :]) for cut in cuts]
+        return xp.concat(parts, axis=0)
     taken = xp.take(xp.reshape(x, (heads * rows, *rest)), _flat(index, rows), axis=0)
     return xp.reshape(taken, (*index.shape, *rest))
 
@@ -50,15 +53,35 @@ def put_rows(x: Array, index: Array, values: Array, *, overwrite: bool = False) 
     """
     xp = array_namespace(x, index, values)
     heads, rows, *rest = x.shape
+    if cuts := _cuts(index, rows):
+        parts = [put_rows(x[cut, ...], index[cut, :], values[cut, ...]) for cut in cuts]
+        return xp.concat(parts, axis=0)
     flat = xp.reshape(x, (heads * rows, *rest))
     values = xp.reshape(values, (heads * index.shape[1], *rest))
     flat = scatter(flat, _flat(index, rows), values, overwrite=overwrite)
     return xp.reshape(flat, x.shape)
 
 
+def _cuts(index: Array, rows: int) -> list[slice]:
+    """How heads must be cut to have their rows numbered; empty if they need not be."""
+    heads, fit = index.shape[0], _heads_that_fit(index, rows)
+    if fit >= heads:
+        return []
+    return [slice(h, min(h + fit, heads)) for h in range(0, heads, fit)]
+
+
+def _heads_that_fit(index: Array, rows: int) -> int:
+    """How many heads of `rows` rows the default integer of a library can number together.
+
+    It is int64, but for JAX, which has int32 unless it was told otherwise.
+    """
+    xp = array_namespace(index)
+    largest_integer = int(xp.iinfo(xp.arange(0, device=device(index)).dtype).max)
+    return max(1, largest_integer // max(1, rows))
+
+
 def _flat(index: Array, rows: int) -> Array:
     """Indices into the heads laid end to end."""
     xp = array_namespace(index)
-    # The default integer: int64 where the library has it, for more than 2**31 rows in all.
     offset = xp.arange(index.shape[0], device=device(index))[:, None] * rows
     return xp.reshape(xp.astype(index, offset.dtype) + offset, (index.shape[0] * index.shape[1],))

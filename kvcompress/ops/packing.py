@@ -12,6 +12,9 @@ from functools import cache
 
 from kvcompress.arrays import Array, array_namespace, device
 
+CODE_BITS = (2, 3, 4, 8)
+"""Widths of codes for which there are kernels, and which methods offer as a choice."""
+
 
 def code_dtype(bits: int) -> str:
     """Name of the dtype that unpacked codes of `bits` bits come in."""

@@ -2,15 +2,51 @@
 
 from __future__ import annotations
 
-from kvcompress.arrays import Array, array_namespace, device, first_largest, look_up, map_blocks
-from kvcompress.ops.kmeans import DISTANCES
+from collections.abc import Iterator
+
+import numpy as np
+
+from kvcompress.arrays import (
+    Array,
+    HostArray,
+    array_namespace,
+    device,
+    first_largest,
+    look_up,
+    map_blocks,
+)
+from kvcompress.ops.inputs import Call, Inputs
+from kvcompress.ops.kmeans import DISTANCES, excess
+from kvcompress.ops.registry import Nearest, operation
 
 CODES = 256
 """Centroids of a codebook: what a byte tells apart."""
 
 
+def _encode_examples(inputs: Inputs) -> Iterator[Call]:
+    """Codebooks of 4 channels; what is left over comes first, so that no other is aligned."""
+    heads, _, channels = inputs.shape
+    dims = [channels % 4] * (channels % 4 > 0) + [4] * (channels // 4)
+    books = [inputs.codebook((heads, CODES, dim)) for dim in dims]
+    yield Call((inputs.tensor(extreme=False), *books), label=f"{CODES} codes of 4 values")
+
+
+def _excess(call: Call, codes: HostArray) -> tuple[HostArray, HostArray]:
+    """`kvcompress.ops.kmeans.excess` of every sub-vector of every head."""
+    x, *books = call.arrays
+    parts = np.split(x, np.cumsum([book.shape[-1] for book in books])[:-1], axis=-1)
+    found = [
+        excess(part[head], book[head], codes[head, :, i])
+        for i, (part, book) in enumerate(zip(parts, books, strict=True))
+        for head in range(x.shape[0])
+    ]
+    worse, bound = zip(*found, strict=True) if found else ([np.empty(0)], [np.empty(0)])
+    return np.concatenate(worse), np.concatenate(bound)
+
+
+@operation(_encode_examples, Nearest(_excess), dtypes=("float32",))
 def encode_product(x: Array, *codebooks: Array) -> Array:
-    """Nearest centroid of every sub-vector.
+    """Find the nearest centroid of every sub-vector.
 
     Parameters
     ----------
@@ -44,8 +80,16 @@ def encode_product(x: Array, *codebooks: Array) -> Array:
     return xp.permute_dims(map_blocks(block, rows, xp.permute_dims(x, (1, 0, 2))), (1, 0, 2))
 
 
+def _decode_examples(inputs: Inputs) -> Iterator[Call]:
+    for call in _encode_examples(inputs):
+        x, *books = call.arrays
+        codes = inputs.integers((*x.shape[:-1], len(books)), CODES)
+        yield Call((codes, *books), label=call.label, source=x)
+
+
+@operation(_decode_examples, dtypes=("float32",))
 def decode_product(codes: Array, *codebooks: Array) -> Array:
-    """Centroids that the codes stand for, side by side.
+    """Look up the centroids that the codes stand for, side by side.
 
     Parameters
     ----------

@@ -7,23 +7,30 @@ the decoded token closest to it: ``<y, c> / <c, c>`` for the rotated token y and
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
+
 from kvcompress.arrays import (
     Array,
+    HostArray,
     array_namespace,
     astype,
     device,
     look_up,
     map_blocks,
+    quotient,
     values_at_a_time,
 )
 from kvcompress.ops.affine import TINY
 from kvcompress.ops.casting import cast
 from kvcompress.ops.hadamard import hadamard, inverse_hadamard
+from kvcompress.ops.inputs import Call, Inputs
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
-from kvcompress.ops.packing import pack, packed_size, unpack
+from kvcompress.ops.packing import CODE_BITS, pack, packed_size, unpack
+from kvcompress.ops.registry import Rounded, operation
 
 
 @dataclass(frozen=True)
@@ -46,8 +53,23 @@ class RotatedSpec:
         return tokens, packed_size(channels, self.bits)
 
 
+def _specs(inputs: Inputs) -> Iterator[tuple[RotatedSpec, str]]:
+    """Settings, and what tables call them."""
+    for bits in inputs.choose(every=range(1, 9), usual=CODE_BITS, typical=(4,)):
+        for seed in inputs.choose(every=(0, 7), usual=(0,)):
+            yield RotatedSpec(bits, seed), f"{bits} bits, rotated"
+
+
+def _quantize_examples(inputs: Inputs) -> Iterator[Call]:
+    x, power_of_two = inputs.tensor(), inputs.channels & (inputs.channels - 1) == 0
+    for spec, label in _specs(inputs):
+        if power_of_two or inputs.level != "every":  # or libraries need not agree
+            yield Call((x,), {"spec": spec}, label)
+
+
+@operation(_quantize_examples, paged=True)
 def quantize_rotated(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
-    """Rotate, quantize and pack.
+    """Rotate every token at random, quantize it, and pack the codes.
 
     Codes and gains are the same bits on all libraries where the number of channels is a power of
     two: sums are of integers, or of two terms in a fixed order.
@@ -77,10 +99,10 @@ def _quantize_rows(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
     # By the peak, so that nothing overflows, then by the root mean square.
     peak = xp.max(xp.abs(x), axis=-1, keepdims=True)
     zero = peak < TINY
-    x = hadamard(x * _inverse(peak, zero), seed=spec.seed)
+    x = hadamard(x * quotient(1.0, peak, zero), seed=spec.seed)
     rms = _sqrt(_dot(x, x) / shape[-1])
     # Between two products, so that no compiler multiplies the factors first.
-    x = xp.where(zero, 0.0, x) * _inverse(rms, zero)
+    x = xp.where(zero, 0.0, x) * quotient(1.0, rms, zero)
     table = xp.asarray(cells(spec.bits), device=device(x))
     cell = xp.floor(x * CELLS_PER_UNIT) + float(LARGEST * CELLS_PER_UNIT)
     cell = xp.clip(cell, 0.0, table.shape[0] - 1.0)
@@ -91,6 +113,28 @@ def _quantize_rows(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
     return pack(codes, spec.bits), xp.where(zero, 0.0, gain)
 
 
+def _dequantize_examples(inputs: Inputs) -> Iterator[Call]:
+    x = inputs.tensor()
+    for spec, label in _specs(inputs):
+        static = {"spec": spec, "channels": inputs.channels, "dtype": inputs.dtype}
+        yield Call(quantize_rotated(x, spec=spec), static, label, source=x)
+
+
+def _dequantize_bound(call: Call) -> HostArray:
+    """Every output is a sum of all levels with weights of at most ``sqrt(2 / n)``, times the gain.
+
+    There is one rounding for each round of the fast part, one for each term of the odd part, and
+    four more.
+    """
+    n, (codes, gain) = call.static["channels"], call.arrays
+    power = n & -n
+    roundings = n // power + power.bit_length() + 3
+    largest = n * float(levels(call.static["spec"].bits)[-1]) * (2 / n) ** 0.5
+    bound = 2 * roundings * 2.0**-24 * gain.astype("float64") * largest + 2.0**-126
+    return np.broadcast_to(bound, (*codes.shape[:-1], n))
+
+
+@operation(_dequantize_examples, Rounded(_dequantize_bound))
 def dequantize_rotated(
     codes: Array, gain: Array, *, spec: RotatedSpec, channels: int, dtype: str = "float32"
 ) -> Array:
@@ -134,12 +178,6 @@ def _rows(x: Array, channels: int) -> int:
     """Rows that are coded or decoded at a time."""
     values = values_at_a_time(x)
     return max(1, x.shape[0] if values is None else values // channels)
-
-
-def _inverse(scale: Array, zero: Array) -> Array:
-    """Inverse of the scale of every token; an array divided by tokens' scales would be inexact."""
-    xp = array_namespace(scale)
-    return xp.where(zero, 0.0, xp.ones_like(scale) / xp.where(zero, 1.0, scale))
 
 
 def _sqrt(x: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,16 @@ from kvcompress.arrays import (
     scatter,
 )
 from kvcompress.errors import DTypeError, ShapeError, SlotError
+from kvcompress.ops.inputs import Call, Inputs
+from kvcompress.ops.registry import operation
 
 
+def _gather_examples(inputs: Inputs) -> Iterator[Call]:
+    x = inputs.tensor()
+    yield Call(inputs.paged(x), source=x)
+
+
+@operation(_gather_examples)
 def gather_slots(pool: Array, slots: Array) -> Array:
     """Copy tokens out of a pool.
 
@@ -33,6 +42,13 @@ def gather_slots(pool: Array, slots: Array) -> Array:
     return xp.permute_dims(xp.take(pool, slots, axis=0), (1, 0, 2))
 
 
+def _scatter_examples(inputs: Inputs) -> Iterator[Call]:
+    pool, slots = inputs.paged(inputs.tensor())
+    x = inputs.tensor((pool.shape[1], slots.shape[0], pool.shape[2]))
+    yield Call((pool, slots, x), source=x)
+
+
+@operation(_scatter_examples, overwrites=True)
 def scatter_slots(pool: Array, slots: Array, x: Array) -> Array:
     """Copy tokens into a pool; the reverse of `gather_slots`.
 
@@ -61,8 +77,8 @@ class Paged:
     """Tokens in the slots of a pool, that stand for what `gather_slots` would copy.
 
     It answers what an array is asked besides its values: shape, dtype, device and library. Its
-    values are for operations: `kvcompress.backend.Ops` runs a kernel that reads them where they
-    are, or gathers them first.
+    values are for operations: `kvcompress.backend.Dispatcher` runs a kernel that reads them where
+    they are, or gathers them first.
 
     Parameters
     ----------

@@ -113,10 +113,10 @@ def _locate(config: Any, layer: int | str | None) -> tuple[int | None, str | Non
     """Index and type of the layer, as far as the caller or the configuration tell."""
     if layer is None or isinstance(layer, str):
         return None, layer
-    if isinstance(layer, bool) or not isinstance(layer, int):
+    if isinstance(layer, bool) or not hasattr(layer, "__index__"):
         raise SettingError(f"layer must be an index, a layer type or None, got {layer!r}")
     count = _get(config, "num_hidden_layers", _get(config, "n_layer"))
-    check_integer("layer", layer, 0, None if count is None else count - 1)
+    layer = check_integer("layer", layer, 0, None if count is None else count - 1)
     types = _get(config, "layer_types", ())
     return layer, types[layer] if layer < len(types) else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -10,7 +9,15 @@ from typing import Any, Self
 import numpy as np
 
 from kvcompress.arrays import FLOATING, Array, array_namespace, astype, device, dtype_name
-from kvcompress.errors import DTypeError, SettingError, ShapeError, check_integer
+from kvcompress.errors import (
+    DTypeError,
+    SettingError,
+    ShapeError,
+    check_choice,
+    check_integer,
+    check_number,
+    normalize,
+)
 from kvcompress.rope.config import read_rope
 from kvcompress.rope.scaling import RopeScaling, base_frequencies
 
@@ -55,17 +62,12 @@ class RoPE:
     scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
-        dim: Any = self.dim  # whatever the caller passed, not what the annotation promises
-        theta: Any = self.theta
-        if not isinstance(dim, int) or dim < 2 or dim % 2:
-            raise SettingError(f"dim must be an even integer >= 2, got {dim!r}")
-        if not isinstance(theta, int | float) or not 1 <= theta < math.inf:
-            raise SettingError(f"theta must be a finite number >= 1, got {theta!r}")
+        dim = check_choice("dim", self.dim, range(2, 2**31, 2), "an even integer >= 2")
+        theta = check_number("theta", self.theta, 1)
         if not isinstance(self.interleaved, bool):
             raise SettingError(f"interleaved must be True or False, got {self.interleaved!r}")
-        if self.head_dim == 0:
-            object.__setattr__(self, "head_dim", dim)
-        check_integer("head_dim", self.head_dim, dim)
+        head_dim = check_integer("head_dim", self.head_dim or dim, dim)
+        normalize(self, dim=dim, theta=theta, head_dim=head_dim)
         if self.scaling is None:
             return
         if not isinstance(self.scaling, RopeScaling):

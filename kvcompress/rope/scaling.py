@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from kvcompress.arrays import HostArray
-from kvcompress.errors import SettingError, check_fraction, check_integer
+from kvcompress.errors import SettingError, check_fraction, check_integer, check_positive, normalize
 
 
 def base_frequencies(dim: int, theta: float) -> HostArray:
@@ -98,7 +98,7 @@ class LinearScaling(RopeScaling):
     factor: float
 
     def __post_init__(self) -> None:
-        _check_positive("factor", self.factor)
+        normalize(self, factor=check_positive("factor", self.factor))
 
     def frequencies(self, dim: int, theta: float, seq_len: int | None) -> HostArray:
         return base_frequencies(dim, theta) / np.float32(self.factor)
@@ -125,8 +125,8 @@ class ProportionalScaling(RopeScaling):
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        check_fraction("rotated", self.rotated, low_open=True)
-        _check_positive("factor", self.factor)
+        rotated = check_fraction("rotated", self.rotated, low_open=True)
+        normalize(self, rotated=rotated, factor=check_positive("factor", self.factor))
 
     def frequencies(self, dim: int, theta: float, seq_len: int | None) -> HostArray:
         frequencies = base_frequencies(dim, theta) / np.float32(self.factor)
@@ -159,8 +159,11 @@ class DynamicScaling(RopeScaling):
     max_positions: int
 
     def __post_init__(self) -> None:
-        _check_positive("factor", self.factor)
-        check_integer("max_positions", self.max_positions, 1)
+        normalize(
+            self,
+            factor=check_positive("factor", self.factor),
+            max_positions=check_integer("max_positions", self.max_positions, 1),
+        )
 
     def check(self, dim: int, theta: float) -> None:
         if dim < 4:
@@ -207,10 +210,12 @@ class YarnScaling(RopeScaling):
 
     def __post_init__(self) -> None:
         for name in ("factor", "beta_fast", "beta_slow"):
-            _check_positive(name, getattr(self, name))
+            normalize(self, **{name: check_positive(name, getattr(self, name))})
         if self.attention_factor is not None:
-            _check_positive("attention_factor", self.attention_factor)
-        check_integer("original_max_positions", self.original_max_positions, 1)
+            factor = check_positive("attention_factor", self.attention_factor)
+            normalize(self, attention_factor=factor)
+        most = check_integer("original_max_positions", self.original_max_positions, 1)
+        normalize(self, original_max_positions=most)
 
     def check(self, dim: int, theta: float) -> None:
         if theta == 1:
@@ -277,8 +282,9 @@ class Llama3Scaling(RopeScaling):
 
     def __post_init__(self) -> None:
         for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _check_positive(name, getattr(self, name))
-        check_integer("original_max_positions", self.original_max_positions, 1)
+            normalize(self, **{name: check_positive(name, getattr(self, name))})
+        most = check_integer("original_max_positions", self.original_max_positions, 1)
+        normalize(self, original_max_positions=most)
         if self.low_freq_factor >= self.high_freq_factor:
             raise SettingError(
                 f"low_freq_factor must be below high_freq_factor, "
@@ -337,9 +343,11 @@ class LongRopeScaling(RopeScaling):
             if not isinstance(factors, tuple):
                 raise SettingError(f"{name} must be a tuple, got {type(factors).__name__}")
             for factor in factors:
-                _check_positive(name, factor)
-        check_integer("original_max_positions", self.original_max_positions, 1)
-        _check_positive("attention_factor", self.attention_factor)
+                check_positive(name, factor)
+        most = check_integer("original_max_positions", self.original_max_positions, 1)
+        normalize(self, original_max_positions=most)
+        factor = check_positive("attention_factor", self.attention_factor)
+        normalize(self, attention_factor=factor)
 
     @property
     def magnitude(self) -> float:
@@ -355,9 +363,3 @@ class LongRopeScaling(RopeScaling):
         long = seq_len is not None and seq_len > self.original_max_positions
         factors = np.asarray(self.long_factors if long else self.short_factors, dtype=np.float32)
         return np.float32(1) / (factors * _wavelengths(dim, theta))
-
-
-def _check_positive(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise SettingError(f"{name} must be a positive finite number, got {value!r}")

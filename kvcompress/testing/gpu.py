@@ -18,16 +18,17 @@ import numpy as np
 
 from kvcompress.arrays import Array, array_namespace, astype, dtype_name
 from kvcompress.backend import Backend, load
-from kvcompress.ops.affine import AffineSpec
+from kvcompress.ops.affine import AXES, AffineSpec
+from kvcompress.ops.inputs import Call
+from kvcompress.ops.registry import Nearest, Rounded
 from kvcompress.ops.rotated import RotatedSpec
 from kvcompress.testing import conformance
-from kvcompress.testing.gpu_calls import AXES, GROUP, SHAPE, Call, as_tuple, calls, normal
+from kvcompress.testing.gpu_calls import SHAPE, Timed, as_tuple, calls, normal
 
 BEYOND = 2**31 + 2**20
 """Values of the one tensor that 32 bits cannot number."""
 
-
-_LINE = "{:23}{:14}{:10}{:>5}{:>10}{:>8}{:>9}{:>11}"
+_LINE = "{:23}{:37}{:10}{:>10}{:>8}{:>9}{:>11}"
 
 # Relative errors that one rounding more or less leads to.
 _ULP = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-20}
@@ -71,9 +72,8 @@ def run(device: Device, backend: Backend, shape: tuple[int, int, int] = SHAPE) -
             return None
 
     def table() -> None:
-        for call in calls(device.array, shape):
-            name = f"{call.op} {call.setting} {call.dtype} {call.bits}"
-            line = check(name, partial(_row, call, device, backend, copy))
+        for call in calls(device.array, shape, backend):
+            line = check(str(call), partial(_row, call, device, backend, copy))
             if line is not None:
                 _say(line)
 
@@ -88,7 +88,7 @@ def run(device: Device, backend: Backend, shape: tuple[int, int, int] = SHAPE) -
     _say(f"built and conforming in {built:.0f} s: {counts}")
     copy = check("copy", device.copy_bandwidth) or math.nan
     _say(f"copy: {copy / 1e9:.0f} GB/s, read + written; {shape} values")
-    _say(_LINE.format("op", "setting", "dtype", "bits", "us", "GB/s", "of copy", "x generic"))
+    _say(_LINE.format("op", "setting", "dtype", "us", "GB/s", "of copy", "x generic"))
     check("what is timed", table)
     check("many values", lambda: _many_values(device, backend))
     _say(f"{len(failed)} checks failed in {time.perf_counter() - started:.0f} s")
@@ -118,12 +118,12 @@ def _conforms(cases: list[conformance.Case], device: Device, backend: Backend) -
     return taken
 
 
-def _row(call: Call, device: Device, backend: Backend, copy: float) -> str:
-    if not backend.supports(call.op, *call.arrays, **call.static):
+def _row(call: Timed, device: Device, backend: Backend, copy: float) -> str:
+    if not backend.supports(call.op, *call.arrays, **call.call.static):
         raise AssertionError("the backend does not take the call")
     got = _results(call, lambda: call.kernel(backend))
     _compare(call, got, _results(call, call.generic))
-    read = call.arrays[call.overwrites :]
+    read = call.arrays[call.operation.overwrites :]
     size = sum(x.nbytes for x in (*read, *got))
     del got
     seconds = device.time(lambda: call.kernel(backend), capture=True)
@@ -131,28 +131,28 @@ def _row(call: Call, device: Device, backend: Backend, copy: float) -> str:
     rate = size / seconds
     figures = f"{seconds * 1e6:.1f}", f"{rate / 1e9:.0f}", f"{rate / copy:.2f}"
     ratio = f"{generic / seconds:.1f}"
-    return _LINE.format(call.op, call.setting, call.dtype, call.bits, *figures, ratio)
+    return _LINE.format(call.op, call.call.label, call.dtype, *figures, ratio)
 
 
-def _results(call: Call, run: Callable[[], tuple[Array, ...]]) -> tuple[Array, ...]:
+def _results(call: Timed, run: Callable[[], tuple[Array, ...]]) -> tuple[Array, ...]:
     """Results; where an argument is overwritten, it is zero before, and a copy of it after."""
-    if not call.overwrites:
+    if not call.operation.overwrites:
         return run()
     call.arrays[0][...] = 0
     (x,) = run()
     return (array_namespace(x).asarray(x, copy=True),)
 
 
-def _compare(call: Call, got: tuple[Array, ...], expected: tuple[Array, ...]) -> None:
+def _compare(call: Timed, got: tuple[Array, ...], expected: tuple[Array, ...]) -> None:
     """Compare on the device: bits, but for floats that were decoded and ties of distances."""
     for a, b in zip(got, expected, strict=True):
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             raise AssertionError(f"{a.dtype}{a.shape} for {b.dtype}{b.shape}")
         xp = array_namespace(a, b)
-        if call.op in ("nearest", "encode_product"):
+        if isinstance(call.operation.agreement, Nearest):
             wrong = float(xp.mean(xp.astype(a != b, xp.float32)))
             limit = 1e-3  # dot products are rounded otherwise
-        elif call.op.startswith("dequantize"):
+        elif isinstance(call.operation.agreement, Rounded):
             ulp = _ULP[dtype_name(a.dtype)]
             a, b = astype(a, "float32"), astype(b, "float32")
             wrong = float(xp.max(xp.abs(a - b)))
@@ -174,12 +174,12 @@ def _many_values(device: Device, backend: Backend) -> None:
     x = array_namespace(device.array(end)).zeros((1, BEYOND // n, n), dtype=np.float16)
     x[:, -end.shape[1] :, :] = device.array(end)
     ops_and_specs: list[tuple[str, AffineSpec | RotatedSpec]] = [
-        *(("quantize", AffineSpec(4, GROUP, axis)) for axis in AXES),
-        *(("clip_groups", AffineSpec(2, GROUP, axis)) for axis in AXES),
+        *(("quantize", AffineSpec(4, 64, axis)) for axis in AXES),
+        *(("clip_groups", AffineSpec(2, 64, axis)) for axis in AXES),
         ("quantize_rotated", RotatedSpec(4, 0)),
     ]
     for op, spec in ops_and_specs:
-        call = Call(op, "", "float16", str(spec.bits), (device.array(end),), {"spec": spec})
+        call = Timed(op, "float16", Call((device.array(end),), {"spec": spec}))
         whole = as_tuple(getattr(backend, op)(x, spec=spec))
         expected = call.generic()
         _compare(

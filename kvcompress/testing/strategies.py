@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from kvcompress.arrays import FLOAT16_MAX, FLOATING, dtype_of, namespace_of
-from kvcompress.compressor.compressor import QUANT_BITS, KVCacheCompressor
+from kvcompress.compressor.compressor import KVCacheCompressor
 from kvcompress.compressor.validation import LARGEST
 from kvcompress.methods import (
     GroupQuantization,
@@ -24,6 +24,7 @@ from kvcompress.methods import (
     TransformCoding,
     VectorQuantization,
 )
+from kvcompress.ops.packing import CODE_BITS
 
 NDArray: TypeAlias = np.ndarray[Any, Any]
 Shape: TypeAlias = tuple[int, ...]
@@ -128,7 +129,7 @@ def methods(head_dim: int) -> SearchStrategy[Method]:
             seed=st.integers(0, 9),
         ),
         st.builds(Hybrid, rank, st.integers(0, 8), group_size, share),
-        st.builds(GroupQuantization, st.sampled_from((0, *QUANT_BITS)), group_size, axis, axis),
+        st.builds(GroupQuantization, st.sampled_from((0, *CODE_BITS)), group_size, axis, axis),
         st.builds(RotatedQuantization, st.integers(1, 8), st.integers(0, 9)),
         st.builds(TransformCoding, st.sampled_from((0.25, 1, 2.7, 8)), exact=share),
     )
@@ -144,7 +145,7 @@ def compressors(
     return st.builds(
         KVCacheCompressor,
         methods(head_dim),
-        st.sampled_from(QUANT_BITS),
+        st.sampled_from(CODE_BITS),
         value_method=st.none() | value_methods if same else value_methods,
         sinks=exact,
         window=exact,

@@ -79,9 +79,11 @@ def test_memory_that_others_left_dirty(monkeypatch):
     assert sum(conformance.check(backend, case) for case in cases) > 300
     rng = np.random.default_rng(0)
     for bits in range(1, 48):
-        depths = ops.allocate(rng.random((2, 6), "float32"), bits)
-        packed = both("quantize_allocated", rng.random((2, 9, 6), "float32"), depths, bits=bits)
-        both("dequantize_allocated", packed, depths, bits=bits)
+        component_bits = ops.allocate(rng.random((2, 6), "float32"), bits)
+        packed = both(
+            "quantize_allocated", rng.random((2, 9, 6), "float32"), component_bits, bits=bits
+        )
+        both("dequantize_allocated", packed, component_bits, bits=bits)
 
 
 @given(data=st.data())
@@ -137,8 +139,8 @@ def test_one_bad_value_anywhere(place, bad):
 
 
 @given(st.data(), names)
-def test_ends_stored_narrower_than_the_source(data, ends_dtype):
-    spec = AffineSpec(4, 16, data.draw(st.sampled_from(("channel", "token"))), ends_dtype)
+def test_ranges_stored_narrower_than_the_source(data, range_dtype):
+    spec = AffineSpec(4, 16, data.draw(st.sampled_from(("channel", "token"))), range_dtype)
     x = np.random.default_rng(data.draw(st.integers(0, 99))).standard_normal((2, 40, 33)) * 9
     both("quantize", x.astype("float32"), spec=spec)
 
@@ -198,18 +200,25 @@ def test_allocated(data):
     shape = heads, data.draw(st.integers(0, 40)), channels
     bits = data.draw(st.integers(1, 8 * channels))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
-    depths = ops.allocate(rng.exponential(size=(heads, channels)).astype("float32") ** 3, bits)
+    component_bits = ops.allocate(
+        rng.exponential(size=(heads, channels)).astype("float32") ** 3, bits
+    )
     # Some lie beyond the outermost levels, some on the edge of a cell.
     x = np.round(3 * rng.standard_normal(shape), 2).astype("float32")
-    packed = both("quantize_allocated", x, depths, bits=bits)
-    both("dequantize_allocated", packed, depths, bits=bits)
-    both("quantize_allocated", np.concatenate([x, x], axis=-1)[..., :channels], depths, bits=bits)
+    packed = both("quantize_allocated", x, component_bits, bits=bits)
+    both("dequantize_allocated", packed, component_bits, bits=bits)
+    both(
+        "quantize_allocated",
+        np.concatenate([x, x], axis=-1)[..., :channels],
+        component_bits,
+        bits=bits,
+    )
 
 
 @pytest.mark.parametrize("depth", [3, 9, 200, 255])
-def test_depths_of_damaged_files_write_nowhere_else(depth, monkeypatch):
+def test_component_bits_of_damaged_files_write_nowhere_else(depth, monkeypatch):
     """As if no depth exceeded 8, and those beyond the bits there are were 0."""
-    depths, fit = np.full((2, 16), depth, "uint8"), np.zeros((2, 16), "uint8")
+    component_bits, fit = np.full((2, 16), depth, "uint8"), np.zeros((2, 16), "uint8")
     for i in range(16):
         fit[:, i] = min(depth, 8, 20 - fit[0].sum())
     x = np.random.default_rng(0).standard_normal((2, 50, 16), "float32")
@@ -221,8 +230,8 @@ def test_depths_of_damaged_files_write_nowhere_else(depth, monkeypatch):
         return memory[-1][1][:size].view(dtype).reshape(shape)
 
     monkeypatch.setattr(np, "empty", guarded)
-    packed = backend.quantize_allocated(x, depths, bits=20)
-    decoded = backend.dequantize_allocated(packed, depths, bits=20)
+    packed = backend.quantize_allocated(x, component_bits, bits=20)
+    decoded = backend.dequantize_allocated(packed, component_bits, bits=20)
     monkeypatch.setattr(np, "empty", clean)
     assert len(memory) >= 4
     assert all((room[size:] == 0xA5).all() for size, room in memory)
@@ -250,13 +259,13 @@ def test_strides(layout):
     x.flags.writeable = False
     for axis in ("channel", "token"):
         spec = AffineSpec(4, 32, axis)
-        codes, lower, upper = both("quantize", x, spec=spec)
-        ends = np.concatenate([lower, upper], axis=-1)
-        ends = ends[..., : lower.shape[-1]], ends[..., lower.shape[-1] :]
+        codes, minimum, maximum = both("quantize", x, spec=spec)
+        ranges = np.concatenate([minimum, maximum], axis=-1)
+        ranges = ranges[..., : minimum.shape[-1]], ranges[..., minimum.shape[-1] :]
         codes = np.concatenate([codes, codes], axis=-2)[..., : codes.shape[-2], :]
-        both("dequantize", codes, *ends, spec=spec, channels=x.shape[-1])
-        for other in (ends[0], np.ascontiguousarray(upper)):
-            both("dequantize", codes, ends[0].copy(), other, spec=spec, channels=x.shape[-1])
+        both("dequantize", codes, *ranges, spec=spec, channels=x.shape[-1])
+        for other in (ranges[0], np.ascontiguousarray(maximum)):
+            both("dequantize", codes, ranges[0].copy(), other, spec=spec, channels=x.shape[-1])
     spec = RotatedSpec(3, 0)
     encoded = both("quantize_rotated", x, spec=spec)
     both("dequantize_rotated", *encoded, spec=spec, channels=x.shape[-1])
@@ -415,3 +424,12 @@ def test_what_keeps_numba_from_loading_is_told(monkeypatch):
     monkeypatch.delattr(kvcompress_numba, "affine")
     with pytest.raises(BackendError, match=r"'numba' failed to load: .*affine"):
         select("numba")
+
+
+@pytest.mark.parametrize(
+    ("axis", "shape"), [("channel", (1, 2**16 + 1, 2)), ("token", (1, 2, 2**16 + 1))]
+)
+def test_groups_too_long_to_add_up_errors_are_left_alone(axis, shape):
+    x = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    assert not backend.supports("clip_groups", x, spec=AffineSpec(2, 2**17, axis))
+    both("clip_groups", x, spec=AffineSpec(2, 2**16, axis))

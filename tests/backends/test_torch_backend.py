@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -93,9 +94,9 @@ def test_leaves_what_needs_a_gradient():
     with torch.no_grad():
         assert backend.supports("quantize", x, spec=SPEC)
         assert torch.equal(backend.quantize(x, spec=SPEC)[0], ops.quantize(x, spec=SPEC)[0])
-    codes, lower, upper = ops.quantize(x.detach(), spec=SPEC)
-    lower.requires_grad_()
-    assert not backend.supports("dequantize", codes, lower, upper, spec=SPEC, channels=32)
+    codes, minimum, maximum = ops.quantize(x.detach(), spec=SPEC)
+    minimum.requires_grad_()
+    assert not backend.supports("dequantize", codes, minimum, maximum, spec=SPEC, channels=32)
 
 
 UNREADABLE = {
@@ -154,13 +155,13 @@ def test_the_kernels_are_used(monkeypatch):
     called = []
     for op in ("within", "quantize", "dequantize"):
         kernel = getattr(kvcompress_numba.backend, op)
-        monkeypatch.setattr(
-            type(kvcompress_numba.backend),
-            op,
-            lambda _, *arrays, kernel=kernel, op=op, **static: (
-                called.append(op) or kernel(*arrays, **static)
-            ),
-        )
+
+        @functools.wraps(kernel)  # which says what it takes, too
+        def counted(_, *arrays, kernel=kernel, op=op, **static):
+            called.append(op)
+            return kernel(*arrays, **static)
+
+        monkeypatch.setattr(type(kvcompress_numba.backend), op, counted)
     k = normal(1, 2, 70, 64)
     compressor = KVCacheCompressor(GroupQuantization(8))
     compressor.decompress_kv(compressor.compress_kv(k, k))

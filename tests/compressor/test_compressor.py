@@ -20,6 +20,7 @@ from kvcompress import (
     LowRank,
     VectorQuantization,
 )
+from kvcompress.arrays import FLOAT16_MAX
 from kvcompress.compressor.validation import LARGEST
 from kvcompress.errors import (
     DTypeError,
@@ -334,7 +335,7 @@ def test_saturate(xp):
         array = xp.asarray(k)
         z = xp.run(compress, array, array, compressor=compressor)
         out, _ = xp.run(decompress, z, compressor=compressor)  # all tokens are exact here
-        limit = 65504.0 if dtype == "float16" else LARGEST
+        limit = FLOAT16_MAX if dtype == "float16" else LARGEST
         expected = k.copy()
         expected[0, 0, 0, :3] = [0, limit, -limit]
         np.testing.assert_array_equal(xp.numpy(out), expected)
@@ -354,7 +355,7 @@ def test_saturated_values_are_coded(xp):
 def test_magnitudes_up_to_the_limit_are_accepted(xp):
     for dtype in xp.dtypes:
         k, _ = kv(dtype)
-        limit = 65504.0 if dtype == "float16" else LARGEST
+        limit = FLOAT16_MAX if dtype == "float16" else LARGEST
         k[0, 0, 0, :2] = [limit, -limit]
         for method in METHODS:
             compressor = KVCacheCompressor(method)

@@ -55,14 +55,14 @@ def integer_error(values, low, high, bits):
 def clip_by_the_book(x, spec):
     """The best of all pairs of cuts, tried one by one."""
     out = x.astype("float32")
-    codes, lower, upper = oracle.quantize(x, 8, spec.group_size, spec.axis, x.dtype)
+    codes, minimum, maximum = oracle.quantize(x, 8, spec.group_size, spec.axis, x.dtype)
     for head in np.ndindex(x.shape[:-2]):
         members = oracle.groups(*x.shape[-2:], spec.group_size, spec.axis)
         for at, positions in members.items():
             values = [int(codes[head][p]) for p in positions]
             pairs = list(itertools.product(range(4), range(4)))
             low, high = min(pairs, key=lambda pair: integer_error(values, *pair, spec.bits))
-            start, stop = np.float32(lower[head][at]), np.float32(upper[head][at])
+            start, stop = np.float32(minimum[head][at]), np.float32(maximum[head][at])
             sixteenth = (stop - start) / np.float32(16)
             for _ in range(low):
                 start = start + sixteenth
@@ -92,30 +92,30 @@ def restored(x, method, role="keys"):
 
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_clipping_takes_a_quarter_of_the_error_away(group_size):
-    """Of normal numbers; without it the ends are the least and the greatest of the group."""
+    """Of normal numbers; without it the range is that of the group."""
     x = np.random.default_rng(0).standard_normal((2, 1024, 16)).astype("float32")
     columns = x.reshape(2, -1, group_size, 16).astype("float64")
-    lower, upper = columns.min(2, keepdims=True), columns.max(2, keepdims=True)
-    step = (upper - lower) / 3
-    plain = ((np.rint((columns - lower) / step) * step + lower - columns) ** 2).sum()
+    minimum, maximum = columns.min(2, keepdims=True), columns.max(2, keepdims=True)
+    step = (maximum - minimum) / 3
+    plain = ((np.rint((columns - minimum) / step) * step + minimum - columns) ** 2).sum()
     error = ((restored(x, GroupQuantization(2, group_size)) - x) ** 2).sum()
     assert error < 0.75 * plain
 
 
 def parts(payload, method, role, spec):
-    """Codes, and ends per group, in float64."""
+    """Codes, minima and maxima, in float64."""
     affine = AffineSpec(method.bits, method.group_size, axis_of(method, role))
     codes = oracle.unpack_rows(payload["codes"], method.bits, spec.shape[-1])
-    _, columns = affine.ends_shape(*spec.shape[1:])
-    ends = payload["ends"].astype("float64")
+    _, columns = affine.range_shape(*spec.shape[1:])
+    ranges = payload["ranges"].astype("float64")
     if method.bits != 8:
-        n = ends.shape[1]
+        n = ranges.shape[1]
         low, high = (
-            np.repeat(payload[f"ends_{name}"].astype("float64"), 32, axis=1)[:, :n]
-            for name in ("lower", "upper")
+            np.repeat(payload[f"ranges_{name}"].astype("float64"), 32, axis=1)[:, :n]
+            for name in ("min", "max")
         )
-        ends = low + ends * (high - low) / 255
-    return codes, ends[..., :columns], ends[..., columns:]
+        ranges = low + ranges * (high - low) / 255
+    return codes, ranges[..., :columns], ranges[..., columns:]
 
 
 def axis_of(method, role):
@@ -140,11 +140,11 @@ def test_encode_as_promised_and_decode_as_the_oracle(xp, method, shape, role):
         found = {name: TensorSpec(a.shape, a.dtype.name) for name, a in arrays.items()}
         assert found == method.encoded_spec(spec, role)
         out = xp.numpy(out)
-        codes, lower, upper = parts(arrays, method, role, spec)
+        codes, minimum, maximum = parts(arrays, method, role, spec)
         for head in range(shape[0]):
             members = oracle.groups(*shape[1:], method.group_size, axis_of(method, role))
             for at, positions in members.items():
-                low, high = lower[head][at], upper[head][at]
+                low, high = minimum[head][at], maximum[head][at]
                 step = (high - low) / (2**method.bits - 1)
                 for p in positions:
                     # Two affine decodings of numbers below 8, a dozen roundings each.
@@ -167,29 +167,29 @@ def test_the_error_is_half_a_step_and_that_of_the_ends(data):
     spec = TensorSpec(x.shape, x.dtype.name)
     out = decode(payload, method=method, spec=spec, role=role)
     axis = axis_of(method, role)
-    codes, lower, upper = oracle.quantize(x, method.bits, method.group_size, axis, x.dtype)
+    codes, minimum, maximum = oracle.quantize(x, method.bits, method.group_size, axis, x.dtype)
     np.testing.assert_array_equal(payload["codes"], oracle.pack_rows(codes, method.bits))
-    ends = np.concat([lower, upper], axis=-1)
+    ranges = np.concat([minimum, maximum], axis=-1)
     if method.bits == 8:
-        assert payload["ends"].tobytes() == ends.tobytes()
-        away = np.zeros(ends.shape)
+        assert payload["ranges"].tobytes() == ranges.tobytes()
+        away = np.zeros(ranges.shape)
     else:
-        outer = payload["ends_lower"], payload["ends_upper"]
+        outer = payload["ranges_min"], payload["ranges_max"]
         away = np.stack(
             [
-                oracle.quantizer_bound(ends[h], outer[0][h], outer[1][h], 8, 32, "channel")
+                oracle.quantizer_bound(ranges[h], outer[0][h], outer[1][h], 8, 32, "channel")
                 for h in range(shape[0])
             ]
         )
-    columns = lower.shape[-1]
+    columns = minimum.shape[-1]
     for h in range(shape[0]):
         bound = oracle.quantizer_bound(
-            x[h], lower[h], upper[h], method.bits, method.group_size, axis
+            x[h], minimum[h], maximum[h], method.bits, method.group_size, axis
         )
         for at, positions in oracle.groups(*shape[1:], method.group_size, axis).items():
-            # A decoded value lies between its two ends and moves no further than they do.
+            # A decoded value lies in its range and moves no further than that does.
             moved = max(away[h][at], away[h][at[0], columns + at[1]])
-            largest = max(abs(float(lower[h][at])), abs(float(upper[h][at])))
+            largest = max(abs(float(minimum[h][at])), abs(float(maximum[h][at])))
             rounding = 2 * oracle.gamma(12) * (largest + moved)
             for p in positions:
                 assert abs(out[h][p] - float(x[h][p])) <= bound[p] + moved + rounding

@@ -197,7 +197,7 @@ def test_hybrid_coefficients_are_off_by_half_a_step(xp, method):
         x = tensor(dtype)
         payload = {k: xp.numpy(a) for k, a in xp.run(encode, xp.asarray(x), method=method).items()}
         coded = oracle.unpack_rows(payload["codes"], method.quant_bits, method.rank)
-        ends, moved = oracle.decode_ends(payload, method.quant_bits)
+        ranges, moved = oracle.decode_ranges(payload, method.quant_bits)
         for h in range(SHAPE[0]):
             scale, mean = float(payload["scale"][h, 0, 0]), payload["mean"][h].astype("float64")
             basis = payload["basis"][h].astype("float64")
@@ -208,20 +208,20 @@ def test_hybrid_coefficients_are_off_by_half_a_step(xp, method):
             assert len(kept) == math.ceil(method.outliers * SHAPE[1] * method.rank)
             # float32: x / scale, minus the mean, a sum of 8 products
             computed = oracle.gamma(8 + 3) * 2 * math.sqrt(8) * math.sqrt(8)
-            lower, upper = ends[h, :, : method.rank], ends[h, :, method.rank :]
+            minimum, maximum = ranges[h, :, : method.rank], ranges[h, :, method.rank :]
             away = np.maximum(moved[h, :, : method.rank], moved[h, :, method.rank :])
             found = np.where(
                 [[(t, c) in kept for c in range(method.rank)] for t in range(37)], 0, true
             )
             bound = oracle.quantizer_bound(
-                found, lower, upper, method.quant_bits, method.group_size, "channel"
+                found, minimum, maximum, method.quant_bits, method.group_size, "channel"
             )
             for t, c in np.ndindex(true.shape):
-                low = float(lower[t // method.group_size, c])
-                high = float(upper[t // method.group_size, c])
+                low = float(minimum[t // method.group_size, c])
+                high = float(maximum[t // method.group_size, c])
                 value = low + coded[h, t, c] * (high - low) / (2**method.quant_bits - 1)
                 if (t, c) not in kept:
-                    # An end may have moved at either side of the code, and widened the step.
+                    # Minimum and maximum may both have moved, and widened the step.
                     slack = 3 * away[t // method.group_size, c] + computed
                     assert abs(value - true[t, c]) <= bound[t, c] + slack
             for i, value in zip(
@@ -418,3 +418,11 @@ def test_gradients_pass(method):
     (k.sum() + (v * v).sum()).backward()
     assert bool(torch.isfinite(x.grad).all())
     assert bool((x.grad != 0).any())
+
+
+def test_outliers_that_32_bits_cannot_number():
+    spec = TensorSpec((1, 2**24, 128), "float16")
+    with pytest.raises(SettingError, match=r"seq_len \* rank must be below 2\*\*31"):
+        Hybrid(128, 4).encoded_spec(spec, "keys")
+    assert Hybrid(127, 4).encoded_spec(spec, "keys")
+    assert Hybrid(128, 4, outliers=0).encoded_spec(spec, "keys")

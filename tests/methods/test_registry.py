@@ -120,7 +120,7 @@ class _Rounded(Method):
 
     def encoded_spec(self, spec, role):
         affine = AffineSpec(self.bits, 8, "token")
-        ends = TensorSpec((spec.shape[0], *affine.ends_shape(*spec.shape[1:])), spec.dtype)
+        ends = TensorSpec((spec.shape[0], *affine.range_shape(*spec.shape[1:])), spec.dtype)
         codes = TensorSpec((spec.shape[0], *affine.codes_shape(*spec.shape[1:])), "uint8")
         return {"codes": codes, "min": ends, "max": ends}
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from conftest import bfloat16
 from kvcompress import RotatedQuantization, TensorSpec
-from kvcompress.arrays import on_cpu
+from kvcompress.arrays import FLOAT16_MAX, on_cpu
 from kvcompress.backend import Dispatcher
 from kvcompress.errors import SettingError
 from kvcompress.ops import RotatedSpec, dequantize_rotated, hadamard, quantize_rotated
@@ -133,10 +133,10 @@ def test_scaling_by_a_power_of_two_scales_the_gain_alone(x, power):
 
 def decode_in_float64(payload, method, n):
     codes = oracle.unpack_rows(payload["codes"], method.bits, n)
-    lower, upper = (payload[f"gain_{end}"].astype("float64") for end in ("lower", "upper"))
+    minimum, maximum = (payload[f"gain_{name}"].astype("float64") for name in ("min", "max"))
     tokens = codes.shape[1]
-    lower, upper = (np.repeat(a, 32, axis=1)[:, :tokens] for a in (lower, upper))
-    gain = lower + payload["gain_codes"] * (upper - lower) / 255
+    minimum, maximum = (np.repeat(a, 32, axis=1)[:, :tokens] for a in (minimum, maximum))
+    gain = minimum + payload["gain_codes"] * (maximum - minimum) / 255
     matrix = hadamard(np.eye(n, dtype="float32"), seed=method.seed).astype("float64")
     return levels(method.bits).astype("float64")[codes] * gain @ matrix.T, gain
 
@@ -188,7 +188,7 @@ def test_more_bits_serve_better():
 def test_the_largest_values_do_not_become_infinite(xp, dtype, bits):
     if dtype not in xp.dtypes or (xp.name == "jax" and bits != 1):
         pytest.skip("no such dtype, or tested compiled as a whole")
-    limit = 65504.0 if dtype == "float16" else 2.0**126
+    limit = FLOAT16_MAX if dtype == "float16" else 2.0**126
     signs = hadamard(np.eye(64, dtype="float32"), seed=0)[:, 0] > 0
     x = np.where(np.stack([signs, ~signs, signs | True]), limit, -limit)[None].astype(DTYPES[dtype])
     method, spec = RotatedQuantization(bits), TensorSpec((1, 3, 64), dtype)

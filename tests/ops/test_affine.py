@@ -26,19 +26,19 @@ CASES = [
 ]
 
 
-def check_against_oracle(xp, x, spec, ends_dtype=None):
-    ends = np.dtype(DTYPES[ends_dtype]) if ends_dtype else x.dtype
-    expected = oracle.quantize(x, spec.bits, spec.group_size, spec.axis, ends)
-    codes, lower, upper = xp.run(quantize, xp.asarray(x), spec=spec)
-    assert all(map(xp.owns, (codes, lower, upper)))
+def check_against_oracle(xp, x, spec, range_dtype=None):
+    ranges = np.dtype(DTYPES[range_dtype]) if range_dtype else x.dtype
+    expected = oracle.quantize(x, spec.bits, spec.group_size, spec.axis, ranges)
+    codes, minimum, maximum = xp.run(quantize, xp.asarray(x), spec=spec)
+    assert all(map(xp.owns, (codes, minimum, maximum)))
     packed = oracle.pack_rows(expected[0], spec.bits)
     assert codes.shape == packed.shape
     assert codes.shape[-2:] == spec.codes_shape(*x.shape[-2:])
-    assert lower.shape[-2:] == spec.ends_shape(*x.shape[-2:])
+    assert minimum.shape[-2:] == spec.range_shape(*x.shape[-2:])
     np.testing.assert_array_equal(xp.numpy(codes), packed, strict=True)
-    same_bits(xp.numpy(lower), expected[1])
-    same_bits(xp.numpy(upper), expected[2])
-    return codes, lower, upper
+    same_bits(xp.numpy(minimum), expected[1])
+    same_bits(xp.numpy(maximum), expected[2])
+    return codes, minimum, maximum
 
 
 def same_bits(a, b):
@@ -53,41 +53,41 @@ def same_bits(a, b):
 def test_codes_and_ends_are_the_oracles_bit_for_bit(xp, data):
     number, (shape, spec) = data.draw(st.sampled_from(xp.few(list(enumerate(CASES)))))
     x = data.draw(tensors(shape, xp.dtypes[number % len(xp.dtypes)]))
-    codes, lower, upper = check_against_oracle(xp, x, spec)
+    codes, minimum, maximum = check_against_oracle(xp, x, spec)
     # The error is at most half a step, and rounding.
-    back = xp.run(dequantize, codes, lower, upper, spec=spec, channels=shape[-1])
+    back = xp.run(dequantize, codes, minimum, maximum, spec=spec, channels=shape[-1])
     assert xp.owns(back)
     assert xp.numpy(back).dtype == np.float32
     assert back.shape == shape
     for head in np.ndindex(shape[:-2]):
-        ends = xp.numpy(lower)[head], xp.numpy(upper)[head]
-        bound = oracle.quantizer_bound(x[head], *ends, spec.bits, spec.group_size, spec.axis)
+        ranges = xp.numpy(minimum)[head], xp.numpy(maximum)[head]
+        bound = oracle.quantizer_bound(x[head], *ranges, spec.bits, spec.group_size, spec.axis)
         error = abs(xp.numpy(back)[head].astype("float64") - x[head].astype("float64"))
         assert (error <= bound).all(), (error - bound).max()
 
 
 @given(data=st.data())
 @settings(max_examples=10)
-@pytest.mark.parametrize("ends_dtype", ["float16", "bfloat16"])
-def test_ends_stored_narrower_than_the_source(xp, ends_dtype, data):
-    if ends_dtype not in xp.dtypes:
-        pytest.skip(f"{xp} has no {ends_dtype}")
-    spec = AffineSpec(4, 4, "channel", ends_dtype)
+@pytest.mark.parametrize("range_dtype", ["float16", "bfloat16"])
+def test_ranges_stored_narrower_than_the_source(xp, range_dtype, data):
+    if range_dtype not in xp.dtypes:
+        pytest.skip(f"{xp} has no {range_dtype}")
+    spec = AffineSpec(4, 4, "channel", range_dtype)
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
     x = (rng.standard_normal((2, 7, 5)) * 2.0 ** rng.integers(-12, 12, 5)).astype("float32")
-    codes, lower, upper = check_against_oracle(xp, x, spec, ends_dtype)
-    back = xp.numpy(xp.run(dequantize, codes, lower, upper, spec=spec, channels=5))
+    codes, minimum, maximum = check_against_oracle(xp, x, spec, range_dtype)
+    back = xp.numpy(xp.run(dequantize, codes, minimum, maximum, spec=spec, channels=5))
     for head in range(2):
-        ends = xp.numpy(lower)[head], xp.numpy(upper)[head]
-        bound = oracle.quantizer_bound(x[head], *ends, 4, 4, "channel")
+        ranges = xp.numpy(minimum)[head], xp.numpy(maximum)[head]
+        bound = oracle.quantizer_bound(x[head], *ranges, 4, 4, "channel")
         assert (abs(back[head].astype("float64") - x[head]) <= bound).all()
 
 
 def recipe(x, bits):
     """Codes of ``[groups, size]`` by the published recipe, in NumPy's float32."""
-    lower, upper = x.min(1, keepdims=True), x.max(1, keepdims=True)
-    inverse = np.float32(2**bits - 1) / (upper - lower)
-    return np.rint((x - lower) * inverse).astype("uint8")
+    minimum, maximum = x.min(1, keepdims=True), x.max(1, keepdims=True)
+    inverse = np.float32(2**bits - 1) / (maximum - minimum)
+    return np.rint((x - minimum) * inverse).astype("uint8")
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 7, 8])
@@ -115,23 +115,23 @@ def test_a_hundred_thousand_codes(xp, bits):
 def test_quantizing_what_was_dequantized_changes_nothing(xp, data):
     shape, spec = data.draw(st.sampled_from(xp.few([c for c in CASES if 0 not in c[0]])))
     x = data.draw(tensors(shape, "float32"))
-    codes, lower, upper = xp.run(quantize, xp.asarray(x), spec=spec)
-    once = xp.run(dequantize, codes, lower, upper, spec=spec, channels=shape[-1])
-    codes2, lower2, upper2 = xp.run(quantize, once, spec=spec)
-    once, lower, upper = xp.numpy(once), xp.numpy(lower), xp.numpy(upper)
+    codes, minimum, maximum = xp.run(quantize, xp.asarray(x), spec=spec)
+    once = xp.run(dequantize, codes, minimum, maximum, spec=spec, channels=shape[-1])
+    codes2, minimum2, maximum2 = xp.run(quantize, once, spec=spec)
+    once, minimum, maximum = xp.numpy(once), xp.numpy(minimum), xp.numpy(maximum)
     old, new = (oracle.unpack_rows(xp.numpy(c), spec.bits, shape[-1]) for c in (codes, codes2))
-    lower2, upper2 = xp.numpy(lower2), xp.numpy(upper2)
+    minimum2, maximum2 = xp.numpy(minimum2), xp.numpy(maximum2)
     for head in np.ndindex(shape[:-2]):
         members = oracle.groups(*shape[-2:], spec.group_size, spec.axis)
         for at, positions in members.items():
-            low, high = float(lower[head][at]), float(upper[head][at])
+            low, high = float(minimum[head][at]), float(maximum[head][at])
             off = oracle.decode_rounding(low, high) + 2 * oracle.TINY
             values = [float(x[head][p]) for p in positions]
             if min(values) != low or max(values) != high:
-                continue  # an end too small was stored as zero
+                continue  # a minimum too small was stored as zero
             # The least value decodes to itself, the greatest to within the rounding.
-            assert lower2[head][at] == lower[head][at]
-            assert abs(float(upper2[head][at]) - high) <= off
+            assert minimum2[head][at] == minimum[head][at]
+            assert abs(float(maximum2[head][at]) - high) <= off
             # A decoded value is at most 2 off / step away from its code, in steps, and 4 float32
             # roundings of at most 255; under a quarter, it rounds back to its code.
             step = (high - low) / (2**spec.bits - 1)
@@ -166,17 +166,17 @@ def _permute(xp):
 def test_constant_groups_come_back(xp, value):
     x = np.full((1, 5, 4), value, "float32")
     spec = AffineSpec(4, 4, "channel")
-    codes, lower, upper = xp.run(quantize, xp.asarray(x), spec=spec)
+    codes, minimum, maximum = xp.run(quantize, xp.asarray(x), spec=spec)
     assert not xp.numpy(codes).any()
-    back = xp.numpy(xp.run(dequantize, codes, lower, upper, spec=spec, channels=4))
+    back = xp.numpy(xp.run(dequantize, codes, minimum, maximum, spec=spec, channels=4))
     # Denormals count as zero, everywhere, and zero has one sign.
     expected = x if abs(value) >= 2.0**-100 else np.zeros_like(x)
     same_bits(back, expected)
-    same_bits(xp.numpy(lower), expected[:, :2])
+    same_bits(xp.numpy(minimum), expected[:, :2])
 
 
 def test_ties_round_to_even(xp):
-    # Ends 0 and 3: two bits, step 1; halves lie between two codes.
+    # Minimum 0, maximum 3: two bits, step 1; halves lie between two codes.
     x = np.array([[[0.0], [0.5], [1.5], [2.5], [3.0]]], "float32")
     codes, _, _ = xp.run(quantize, xp.asarray(x), spec=AffineSpec(2, 8, "channel"))
     assert xp.numpy(codes).ravel().tolist() == [0, 0, 2, 2, 3]
@@ -184,16 +184,16 @@ def test_ties_round_to_even(xp):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 63, 64, 65, 128, 129])
 def test_groups_run_where_they_should(size):
-    """Every group has ends of its own, and no value widens another group."""
+    """Every group has a range of its own, and no value widens another group."""
     x = np.arange(size, dtype="float32")[None, :, None] ** 2
     for spec, y in (
         (AffineSpec(8, 64, "channel"), x),
         (AffineSpec(8, 64, "token"), x.transpose(0, 2, 1)),
     ):
-        _, lower, upper = quantize(y, spec=spec)
+        _, minimum, maximum = quantize(y, spec=spec)
         starts = range(0, size, 64)
-        assert lower.ravel().tolist() == [i**2 for i in starts]
-        assert upper.ravel().tolist() == [(min(i + 64, size) - 1) ** 2 for i in starts]
+        assert minimum.ravel().tolist() == [i**2 for i in starts]
+        assert maximum.ravel().tolist() == [(min(i + 64, size) - 1) ** 2 for i in starts]
 
 
 @given(x=tensors((2, 7, 5), "float32"))
@@ -227,10 +227,10 @@ def test_decodes_to_a_narrower_dtype(xp, dtype):
 def test_groups_longer_than_rows_take_no_more_memory(xp, axis):
     x = xp.asarray(np.random.default_rng(0).standard_normal((2, 5, 16)).astype("float32"))
     spec, whole = AffineSpec(2, 2**40, axis), AffineSpec(2, 16, axis)
-    codes, lower, upper = xp.run(quantize, x, spec=spec)
-    got = codes, lower, upper, xp.run(clip_groups, x, spec=spec)
+    codes, minimum, maximum = xp.run(quantize, x, spec=spec)
+    got = codes, minimum, maximum, xp.run(clip_groups, x, spec=spec)
     expected = *xp.run(quantize, x, spec=whole), xp.run(clip_groups, x, spec=whole)
     for a, b in zip(got, expected, strict=True):
         np.testing.assert_array_equal(xp.numpy(a), xp.numpy(b))
-    y = xp.run(dequantize, codes, lower, upper, spec=spec, channels=16)
+    y = xp.run(dequantize, codes, minimum, maximum, spec=spec, channels=16)
     assert tuple(y.shape) == (2, 5, 16)

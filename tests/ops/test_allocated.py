@@ -16,14 +16,14 @@ from kvcompress.ops.lloyd_max import distortions, levels
 def greedy(variances, bits):
     """Bit by bit, in float64, to whom it helps most."""
     table = distortions().astype("float64")
-    depths = np.zeros(len(variances), dtype=int)
+    component_bits = np.zeros(len(variances), dtype=int)
     for _ in range(bits):
         gain = [
             v * (table[d] - table[d + 1]) if d < 8 else -1.0
-            for v, d in zip(variances, depths, strict=True)
+            for v, d in zip(variances, component_bits, strict=True)
         ]
-        depths[int(np.argmax(gain))] += 1
-    return depths, float(np.sum(variances * table[depths]))
+        component_bits[int(np.argmax(gain))] += 1
+    return component_bits, float(np.sum(variances * table[component_bits]))
 
 
 @given(
@@ -33,11 +33,11 @@ def greedy(variances, bits):
 def test_bits_go_where_they_help_most(variances, bits):
     bits = min(bits, 8 * len(variances))
     x = np.array([variances, variances[::-1]], dtype="float32")
-    depths = allocate(x, bits)
-    assert depths.dtype == np.uint8
-    assert (depths.sum(1) == bits).all()
-    assert depths.max() <= 8
-    for row, found in zip(x.astype("float64"), depths, strict=True):
+    component_bits = allocate(x, bits)
+    assert component_bits.dtype == np.uint8
+    assert (component_bits.sum(1) == bits).all()
+    assert component_bits.max() <= 8
+    for row, found in zip(x.astype("float64"), component_bits, strict=True):
         _, least = greedy(row, bits)
         error = np.sum(row * distortions().astype("float64")[found])
         assert error <= least * (1 + 1e-5)
@@ -56,20 +56,20 @@ def test_codes_against_loops(xp, bits):
     heads, tokens, channels = 3, 17, 5
     x = rng.standard_normal((heads, tokens, channels)).astype("float32")
     x[0, :3, 0] = [1e30, -1e30, 0.0]
-    depths = np.stack([greedy(rng.random(channels) + 0.01, bits)[0] for _ in range(heads)])
-    depths = depths.astype("uint8")
-    packed = xp.run(quantize_allocated, xp.asarray(x), xp.asarray(depths), bits=bits)
+    component_bits = np.stack([greedy(rng.random(channels) + 0.01, bits)[0] for _ in range(heads)])
+    component_bits = component_bits.astype("uint8")
+    packed = xp.run(quantize_allocated, xp.asarray(x), xp.asarray(component_bits), bits=bits)
     assert xp.owns(packed)
     found = xp.numpy(packed)
-    decoded = xp.run(dequantize_allocated, packed, xp.asarray(depths), bits=bits)
+    decoded = xp.run(dequantize_allocated, packed, xp.asarray(component_bits), bits=bits)
     decoded = xp.numpy(decoded)
     assert (decoded.dtype, decoded.shape) == (np.float32, x.shape)
-    rounded = xp.numpy(xp.run(round_allocated, xp.asarray(x), xp.asarray(depths)))
+    rounded = xp.numpy(xp.run(round_allocated, xp.asarray(x), xp.asarray(component_bits)))
     np.testing.assert_array_equal(rounded, decoded)
     for h in range(heads):
         for t in range(tokens):
             slots = []
-            for c, depth in enumerate(depths[h]):
+            for c, depth in enumerate(component_bits[h]):
                 if depth == 0:
                     assert decoded[h, t, c] == 0
                     continue
@@ -85,7 +85,7 @@ def test_codes_against_loops(xp, bits):
 @pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 3), (1, 1, 1)])
 def test_empty(xp, shape):
     x = np.zeros(shape, dtype="float32")
-    depths = allocate(xp.asarray(np.ones((shape[0], shape[2]), dtype="float32")), 2)
-    packed = xp.run(quantize_allocated, xp.asarray(x), depths, bits=2)
+    component_bits = allocate(xp.asarray(np.ones((shape[0], shape[2]), dtype="float32")), 2)
+    packed = xp.run(quantize_allocated, xp.asarray(x), component_bits, bits=2)
     assert tuple(packed.shape) == (shape[0], shape[1], 1)
-    assert tuple(xp.run(dequantize_allocated, packed, depths, bits=2).shape) == shape
+    assert tuple(xp.run(dequantize_allocated, packed, component_bits, bits=2).shape) == shape

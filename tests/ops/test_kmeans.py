@@ -159,3 +159,12 @@ def test_nearest_and_kmeans_in_blocks(monkeypatch, distances):
     monkeypatch.setattr(MODULE, "DISTANCES", distances)
     np.testing.assert_array_equal(nearest(x, codebook), codes)
     np.testing.assert_array_equal(kmeans(x, 6, iterations=2, seed=0), book)
+
+
+def test_more_vectors_than_can_be_numbered(xp, monkeypatch):
+    """The sample is drawn from the first of them."""
+    x = vectors()
+    expected = train(xp, x[:50], 8, 3)
+    monkeypatch.setattr(MODULE, "NUMBERED", 50)
+    found = xp.numpy(kmeans(xp.asarray(x), 8, iterations=3, seed=0))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress.ops import gather_rows, largest, put_rows
+from kvcompress.ops.outliers import _heads_that_fit
 
 
 @pytest.mark.parametrize("count", [0, 1, 4, 9])
@@ -53,3 +54,25 @@ def test_empty(xp, shape):
     assert index.shape == (shape[0], 0)
     assert xp.run(gather_rows, x, index).shape == (shape[0], 0)
     assert xp.run(put_rows, x, index, xp.run(gather_rows, x, index)).shape == shape
+
+
+def test_more_rows_than_the_default_integer_can_number(xp, monkeypatch):
+    """Of JAX, that is int32: heads are taken a few at a time."""
+    monkeypatch.setattr("kvcompress.ops.outliers._heads_that_fit", lambda *_: 2)
+    rng = np.random.default_rng(0)
+    x, values = rng.standard_normal((5, 9, 2)), rng.standard_normal((5, 3, 2))
+    x, values = x.astype("float32"), values.astype("float32")
+    index = np.sort(np.argsort(rng.random((5, 9)))[:, :3]).astype("int32")
+    expected = x.copy()
+    np.put_along_axis(expected, index[..., None], values, axis=1)
+    y = put_rows(*map(xp.asarray, (x, index, values)))
+    np.testing.assert_array_equal(xp.numpy(y), expected)
+    taken = gather_rows(y, xp.asarray(index))
+    np.testing.assert_array_equal(xp.numpy(taken), values)
+
+
+def test_how_many_heads_can_be_numbered_together(xp):
+    index = xp.asarray(np.zeros((1, 1), "int32"))
+    wide = xp.numpy(xp.module.arange(1)).dtype == np.int64
+    assert _heads_that_fit(index, 2**30) == (2**33 - 1 if wide else 1)
+    assert _heads_that_fit(index, 0) > 0

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -144,7 +146,7 @@ class InPlace:
     ],
 )
 @pytest.mark.parametrize("exact", [{}, {"sinks": 4, "window": 8}, {"sinks": 400}])
-def test_a_paged_cache_is_compressed_in_place(monkeypatch, method, calls, exact):
+def test_a_paged_cache_is_compressed_in_place(method, calls, exact):
     backend = InPlace()
     cache = PagedKVCache(1, 20, 2, 8, dtype="float32", value_head_dim=16)
     cache.allocate_sequence(0)
@@ -155,8 +157,8 @@ def test_a_paged_cache_is_compressed_in_place(monkeypatch, method, calls, exact)
         cache.append(0, str(count), *(np.zeros((2, 3, n), "float32") for n in (8, 16)))
     compressor = KVCacheCompressor(method, **exact, backend="generic")
     expected = compressor.compress_kv_3d(*cache.get_kv(0, 0))
-    monkeypatch.setattr("kvcompress.compressor.compressor.select", lambda _: Dispatcher((backend,)))
-    got = compressor.compress_paged_cache(cache, 0, 0)
+    inplace = replace(compressor, backend=Dispatcher((backend,)))
+    got = inplace.compress_paged_cache(cache, 0, 0)
     assert backend.calls == calls
     for a, b in ((got.keys, expected.keys), (got.values, expected.values)):
         assert (a.exact is None) == (b.exact is None)
@@ -167,17 +169,15 @@ def test_a_paged_cache_is_compressed_in_place(monkeypatch, method, calls, exact)
             np.testing.assert_array_equal(a.payload[name], b.payload[name])
 
 
-def test_what_is_not_finite_in_a_pool(monkeypatch):
+def test_what_is_not_finite_in_a_pool():
     cache = PagedKVCache(1, 4, 2, 8, dtype="float32")
     cache.allocate_sequence(0)
     x = np.ones((2, 20, 8), "float32")
     x[1, 17, 3] = np.nan
     cache.append(0, 0, np.ones_like(x), x)
-    monkeypatch.setattr(
-        "kvcompress.compressor.compressor.select", lambda _: Dispatcher((InPlace(),))
-    )
+    compressor = KVCacheCompressor(RotatedQuantization(4), backend=Dispatcher((InPlace(),)))
     with pytest.raises(NonFiniteError, match=r"values hold nan at index \[1, 17, 3\]"):
-        KVCacheCompressor(RotatedQuantization(4)).compress_paged_cache(cache, 0, 0)
-    saturating = KVCacheCompressor(RotatedQuantization(4), nonfinite="saturate")
+        compressor.compress_paged_cache(cache, 0, 0)
+    saturating = replace(compressor, nonfinite="saturate")
     _, v = saturating.decompress_kv_3d(saturating.compress_paged_cache(cache, 0, 0))
     assert np.all(np.isfinite(v))

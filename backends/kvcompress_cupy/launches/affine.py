@@ -32,7 +32,7 @@ def group_template(group_size: int, length: int) -> int:
 
 @lru_cache(maxsize=1024)
 def quantize_token(
-    x: Rows, *, spec: AffineSpec, dtype: str, ends_dtype: str, aligned: bool
+    x: Rows, *, spec: AffineSpec, dtype: str, range_dtype: str, aligned: bool
 ) -> Launch:
     """Launch of ``quantize_token(x, codes, lower, upper, ...)``."""
     x = x.flat()
@@ -55,7 +55,7 @@ def quantize_token(
             *map(np.int64, (x.tokens, x.head_stride)),
             *map(np.int32, (x.token_stride, tiles, tile_rows, n, groups)),
             reciprocal(groups),
-            *map(np.int32, (pitch, TYPES[ends_dtype], aligned, chunk)),
+            *map(np.int32, (pitch, TYPES[range_dtype], aligned, chunk)),
             reciprocal(packed_size(n, spec.bits) // chunk),
         ),
     )
@@ -63,7 +63,7 @@ def quantize_token(
 
 @lru_cache(maxsize=1024)
 def quantize_channel(
-    x: Rows, *, spec: AffineSpec, dtype: str, ends_dtype: str, aligned: bool
+    x: Rows, *, spec: AffineSpec, dtype: str, range_dtype: str, aligned: bool
 ) -> Launch:
     """Launch of ``quantize_channel(x, codes, lower, upper, ...)``."""
     n, size = x.channels, 16 // (2 if dtype != "float32" else 4)
@@ -85,7 +85,7 @@ def quantize_channel(
         (
             *map(np.int64, (x.tokens, x.head_stride)),
             *map(np.int32, (x.token_stride, length, groups, n, columns, tile_rows, pitch)),
-            *map(np.int32, (TYPES[ends_dtype], aligned, chunk)),
+            *map(np.int32, (TYPES[range_dtype], aligned, chunk)),
             reciprocal(packed_size(n, spec.bits) // chunk),
         ),
     )
@@ -99,7 +99,7 @@ def dequantize(
     spec: AffineSpec,
     channels: int,
     dtype: str,
-    ends_dtype: str,
+    range_dtype: str,
     aligned: bool,
 ) -> Launch:
     """Launch of ``dequantize(codes, lower, upper, out, ...)``."""
@@ -124,7 +124,7 @@ def dequantize(
         (
             *map(np.int64, (codes.tokens, codes.head_stride, ends.head_stride)),
             *map(np.int32, (*strides, tiles, tile_rows, channels, columns)),
-            *map(np.int32, (TYPES[ends_dtype], quads)),
+            *map(np.int32, (TYPES[range_dtype], quads)),
         ),
     )
 

@@ -15,9 +15,6 @@ from kvcompress_cupy.sources import CTYPES, name
 TABLE = 257 * 128
 """Bytes of the table of errors, in shared memory."""
 
-GROUP = 2**16
-"""Most values of a group: 16 times the sum of their errors fits 32 bits."""
-
 _EACH = 8  # values of a group that a thread takes at a time
 
 
@@ -29,7 +26,7 @@ def load_bytes(spec: AffineSpec, tokens: int, dtype: str) -> int:
 
 
 @lru_cache(maxsize=1024)
-def clip_token(x: Rows, *, spec: AffineSpec, dtype: str, ends_dtype: str, aligned: bool) -> Launch:
+def clip_token(x: Rows, *, spec: AffineSpec, dtype: str, range_dtype: str, aligned: bool) -> Launch:
     """Launch of ``clip_token(x, out, ...)``."""
     x = x.flat()
     n, group = x.channels, group_template(spec.group_size, x.channels)
@@ -47,14 +44,14 @@ def clip_token(x: Rows, *, spec: AffineSpec, dtype: str, ends_dtype: str, aligne
             *map(np.int64, (x.tokens, x.head_stride)),
             *map(np.int32, (x.token_stride, tiles, tile_rows, n, groups)),
             reciprocal(groups),
-            *map(np.int32, (spec.bits, TYPES[ends_dtype], aligned)),
+            *map(np.int32, (spec.bits, TYPES[range_dtype], aligned)),
         ),
     )
 
 
 @lru_cache(maxsize=1024)
 def clip_channel(
-    x: Rows, *, spec: AffineSpec, dtype: str, ends_dtype: str, aligned: bool
+    x: Rows, *, spec: AffineSpec, dtype: str, range_dtype: str, aligned: bool
 ) -> Launch:
     """Launch of ``clip_channel(x, out, ...)``."""
     group = group_template(spec.group_size, x.tokens)
@@ -73,6 +70,6 @@ def clip_channel(
         (
             *map(np.int64, (x.tokens, x.head_stride)),
             *map(np.int32, (x.token_stride, length, units, tiles, tile_units, slices)),
-            *map(np.int32, (x.channels, spec.bits, TYPES[ends_dtype], aligned)),
+            *map(np.int32, (x.channels, spec.bits, TYPES[range_dtype], aligned)),
         ),
     )

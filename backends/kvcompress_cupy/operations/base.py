@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from kvcompress.arrays import Array
+from kvcompress.backend import KernelBackend
 from kvcompress_cupy.launches import layout
 from kvcompress_cupy.launches.layout import Launch, Rows
 
@@ -39,7 +40,7 @@ class Runtime(Protocol):
         """
 
 
-class Kernels:
+class Kernels(KernelBackend):
     """Kernels behind the signatures of `kvcompress.ops`.
 
     Parameters
@@ -49,10 +50,6 @@ class Kernels:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-
-    def supports(self, op: str, *arrays: Array, **static: Any) -> bool:
-        """Tell whether there is an instantiation for the call."""
-        return bool(getattr(self, f"_supports_{op}")(*arrays, **static))
 
     def _contiguous(self, x: Array) -> Array:
         return x if x.flags.c_contiguous else self._runtime.contiguous(x)

@@ -8,18 +8,48 @@ from typing import Any
 import numpy as np
 
 from kvcompress.arrays import Array, dtype_name
+from kvcompress.backend import takes
 from kvcompress_cupy.launches import codebooks as launches
 from kvcompress_cupy.launches.layout import CHANNELS
 from kvcompress_cupy.operations.base import Kernels
 from kvcompress_cupy.sources import WORDS
 
 
+def _takes_nearest(x: Array, codebook: Array) -> bool:
+    return _all_float32(x, codebook) and x.shape[1] > 0 and 0 < codebook.shape[0] < 2**31
+
+
+def _takes_lookup(codes: Array, codebook: Array) -> bool:
+    width = codebook.shape[1] * codebook.dtype.itemsize
+    return (
+        codes.dtype.kind in "iu"
+        and codebook.dtype.itemsize >= 2
+        and 0 < codebook.shape[0] < 2**31
+        and 0 < width <= CHANNELS
+    )
+
+
+def _takes_encode_product(x: Array, *codebooks: Array) -> bool:
+    return (
+        _all_float32(x, *codebooks)
+        and 0 < len(codebooks) <= launches.BOOKS
+        and x.shape[-1] <= CHANNELS
+    )
+
+
+def _takes_decode_product(codes: Array, *codebooks: Array) -> bool:
+    return (
+        codes.dtype.name == "uint8"
+        and _all_float32(*codebooks)
+        and 0 < len(codebooks) <= launches.BOOKS
+        and sum(codebook.shape[-1] for codebook in codebooks) <= CHANNELS
+    )
+
+
 class Codebooks(Kernels):
     """See `kvcompress.ops.kmeans` and `kvcompress.ops.product`."""
 
-    def _supports_nearest(self, x: Array, codebook: Array) -> bool:
-        return _all_float32(x, codebook) and x.shape[1] > 0 and 0 < codebook.shape[0] < 2**31
-
+    @takes(_takes_nearest)
     def nearest(self, x: Array, codebook: Array) -> Array:
         """See `kvcompress.ops.nearest`; near ties may fall otherwise."""
         codes = self._runtime.empty((x.shape[0],), "int32", x)
@@ -30,15 +60,7 @@ class Codebooks(Kernels):
             self._runtime.launch(launch, x, codebook, codes)
         return codes
 
-    def _supports_lookup(self, codes: Array, codebook: Array) -> bool:
-        width = codebook.shape[1] * codebook.dtype.itemsize
-        return (
-            codes.dtype.kind in "iu"
-            and codebook.dtype.itemsize >= 2
-            and 0 < codebook.shape[0] < 2**31
-            and 0 < width <= CHANNELS
-        )
-
+    @takes(_takes_lookup)
     def lookup(self, codes: Array, codebook: Array) -> Array:
         """See `kvcompress.ops.lookup`."""
         size, dim = codebook.shape
@@ -57,13 +79,7 @@ class Codebooks(Kernels):
             self._runtime.launch(launch, codes, codebook, out)
         return out
 
-    def _supports_encode_product(self, x: Array, *codebooks: Array) -> bool:
-        return (
-            _all_float32(x, *codebooks)
-            and 0 < len(codebooks) <= launches.BOOKS
-            and x.shape[-1] <= CHANNELS
-        )
-
+    @takes(_takes_encode_product)
     def encode_product(self, x: Array, *codebooks: Array) -> Array:
         """See `kvcompress.ops.encode_product`; near ties may fall otherwise."""
         heads, tokens, _ = x.shape
@@ -79,14 +95,7 @@ class Codebooks(Kernels):
                 self._runtime.launch(launch, x, codes, reached=kept)
         return codes
 
-    def _supports_decode_product(self, codes: Array, *codebooks: Array) -> bool:
-        return (
-            codes.dtype.name == "uint8"
-            and _all_float32(*codebooks)
-            and 0 < len(codebooks) <= launches.BOOKS
-            and sum(codebook.shape[-1] for codebook in codebooks) <= CHANNELS
-        )
-
+    @takes(_takes_decode_product)
     def decode_product(self, codes: Array, *codebooks: Array) -> Array:
         """See `kvcompress.ops.decode_product`."""
         heads, tokens, _ = codes.shape

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from kvcompress.arrays import Array, dtype_name
+from kvcompress.backend import takes
 from kvcompress_cupy.launches import pools
 from kvcompress_cupy.launches.layout import CHANNELS
 from kvcompress_cupy.operations.base import Kernels, by_heads, in_place
 from kvcompress_cupy.sources import CTYPES, WORDS
 
 
+def _takes_within(x: Array, **_: Any) -> bool:
+    return x.ndim >= 2 and dtype_name(x.dtype) in CTYPES and x.shape[-1] <= CHANNELS
+
+
+def _takes_within_paged(pool: Array, slots: Array, **_: Any) -> bool:
+    return in_place(pool, slots) and _takes_within(pool)
+
+
+def _takes_gather_slots(pool: Array, slots: Array) -> bool:
+    _, heads, channels = pool.shape
+    return (
+        in_place(pool, slots) and pool.dtype.itemsize >= min(WORDS) and heads * channels <= CHANNELS
+    )
+
+
+def _takes_scatter_slots(pool: Array, slots: Array, x: Array) -> bool:
+    return _takes_gather_slots(pool, slots) and x.dtype == pool.dtype
+
+
 class Pools(Kernels):
     """See `kvcompress.ops.bounds` and `kvcompress.ops.slots`."""
 
-    def _supports_within(self, x: Array, *, limit: float) -> bool:
-        return x.ndim >= 2 and dtype_name(x.dtype) in CTYPES and x.shape[-1] <= CHANNELS
-
-    def _supports_within_paged(self, pool: Array, slots: Array, *, limit: float) -> bool:
-        return in_place(pool, slots) and self._supports_within(pool, limit=limit)
-
+    @takes(_takes_within)
     def within(self, x: Array, *, limit: float) -> Array:
         """See `kvcompress.ops.within`."""
         return self._within(x, None, limit)
 
+    @takes(_takes_within_paged)
     def within_paged(self, pool: Array, slots: Array, *, limit: float) -> Array:
         """Tell of what `kvcompress.ops.gather_slots` would gather."""
         return self._within(by_heads(pool), slots, limit)
@@ -35,14 +53,7 @@ class Pools(Kernels):
             self._runtime.launch(launch, x, slots, out)
         return out
 
-    def _supports_gather_slots(self, pool: Array, slots: Array) -> bool:
-        _, heads, channels = pool.shape
-        return (
-            in_place(pool, slots)
-            and pool.dtype.itemsize >= min(WORDS)
-            and heads * channels <= CHANNELS
-        )
-
+    @takes(_takes_gather_slots)
     def gather_slots(self, pool: Array, slots: Array) -> Array:
         """See `kvcompress.ops.gather_slots`."""
         _, heads, channels = pool.shape
@@ -56,9 +67,7 @@ class Pools(Kernels):
             self._runtime.launch(launch, pool, slots, out)
         return out
 
-    def _supports_scatter_slots(self, pool: Array, slots: Array, x: Array) -> bool:
-        return self._supports_gather_slots(pool, slots) and x.dtype == pool.dtype
-
+    @takes(_takes_scatter_slots)
     def scatter_slots(self, pool: Array, slots: Array, x: Array) -> Array:
         """See `kvcompress.ops.scatter_slots`."""
         if x.size:

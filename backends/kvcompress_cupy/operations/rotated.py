@@ -3,27 +3,43 @@
 from __future__ import annotations
 
 from kvcompress.arrays import Array, dtype_name
+from kvcompress.backend import takes
+from kvcompress.ops.packing import CODE_BITS
 from kvcompress.ops.rotated import RotatedSpec
 from kvcompress_cupy.launches import rotated
 from kvcompress_cupy.operations.base import Kernels, by_heads, in_place
-from kvcompress_cupy.sources import BITS, CTYPES, DIMS
+from kvcompress_cupy.sources import CTYPES, DIMS
+
+
+def _takes_quantize_rotated(x: Array, *, spec: RotatedSpec) -> bool:
+    return spec.bits in CODE_BITS and x.shape[-1] in DIMS and dtype_name(x.dtype) in CTYPES
+
+
+def _takes_quantize_rotated_paged(pool: Array, slots: Array, *, spec: RotatedSpec) -> bool:
+    return in_place(pool, slots) and _takes_quantize_rotated(pool, spec=spec)
+
+
+def _takes_dequantize_rotated(
+    _: Array,
+    gain: Array,
+    *,
+    spec: RotatedSpec,
+    channels: int,
+    dtype: str = "float32",
+) -> bool:
+    dtypes = {dtype, dtype_name(gain.dtype)}
+    return spec.bits in CODE_BITS and channels in DIMS and dtypes <= set(CTYPES)
 
 
 class Rotated(Kernels):
     """See `kvcompress.ops.rotated`."""
 
-    def _supports_quantize_rotated(self, x: Array, *, spec: RotatedSpec) -> bool:
-        return spec.bits in BITS and x.shape[-1] in DIMS and dtype_name(x.dtype) in CTYPES
-
-    def _supports_quantize_rotated_paged(
-        self, pool: Array, slots: Array, *, spec: RotatedSpec
-    ) -> bool:
-        return in_place(pool, slots) and self._supports_quantize_rotated(pool, spec=spec)
-
+    @takes(_takes_quantize_rotated)
     def quantize_rotated(self, x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
         """See `kvcompress.ops.quantize_rotated`."""
         return self._quantize_rotated(x, None, spec)
 
+    @takes(_takes_quantize_rotated_paged)
     def quantize_rotated_paged(
         self, pool: Array, slots: Array, *, spec: RotatedSpec
     ) -> tuple[Array, Array]:
@@ -49,18 +65,7 @@ class Rotated(Kernels):
             self._runtime.launch(launch, x, slots, codes, gain)
         return codes, gain
 
-    def _supports_dequantize_rotated(
-        self,
-        codes: Array,
-        gain: Array,
-        *,
-        spec: RotatedSpec,
-        channels: int,
-        dtype: str = "float32",
-    ) -> bool:
-        dtypes = {dtype, dtype_name(gain.dtype)}
-        return spec.bits in BITS and channels in DIMS and dtypes <= set(CTYPES)
-
+    @takes(_takes_dequantize_rotated)
     def dequantize_rotated(
         self,
         codes: Array,

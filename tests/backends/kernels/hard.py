@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcompress.arrays import dtype_of, namespace_of
+from kvcompress.arrays import FLOAT16_MAX, dtype_of, namespace_of
 
-LARGEST = {"float16": 65504.0, "bfloat16": 2.0**126, "float32": 2.0**126}
+LARGEST = {"float16": FLOAT16_MAX, "bfloat16": 2.0**126, "float32": 2.0**126}
 TINY = (
     0.0,
     -0.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,7 +38,11 @@ def copies(cupy, device, *arrays):
 def test_conforms_on_a_device_that_is_not_the_current_one(cupy):
     backend, taken = CupyBackend(), set()
     assert backend.available()
-    for case in list(conformance.cases())[::7]:
+    turn = Counter()
+    for case in conformance.cases():
+        turn[case.op] += 1
+        if turn[case.op] % 7 != 3:
+            continue
         arrays = copies(cupy, 1, *case.arrays)
         if not hasattr(backend, case.op) or not backend.supports(case.op, *arrays, **case.static):
             continue
@@ -47,7 +52,7 @@ def test_conforms_on_a_device_that_is_not_the_current_one(cupy):
         assert {(type(x), x.device.id) for x in got} == {(cupy.ndarray, 1)}
         expected = conformance.generic(case.op)(*(x.copy() for x in case.arrays), **case.static)
         expected = expected if isinstance(expected, tuple) else (expected,)
-        case.compare(case, tuple(map(np.array, got)), tuple(map(np.array, expected)))
+        case.compare(tuple(map(np.array, got)), tuple(map(np.array, expected)))
         cupy.state.arrays.clear()
     assert taken >= {"quantize", "dequantize", "encode_product", "scatter_slots", "within"}
     assert cupy.state.current == 0

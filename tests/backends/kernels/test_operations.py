@@ -11,12 +11,13 @@ from emulation import EmulatedRuntime, EmulationError
 from kvcompress_cupy import tables
 from kvcompress_cupy.launches import affine, clipping, codebooks, layout, rotated
 from kvcompress_cupy.operations import Operations
-from kvcompress_cupy.sources import BITS, DIMS, FAMILIES
+from kvcompress_cupy.sources import DIMS, FAMILIES
 
 from kvcompress import ops
 from kvcompress.arrays import FLOATING, dtype_of, namespace_of
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells
+from kvcompress.ops.packing import CODE_BITS
 from kvcompress.ops.rotated import RotatedSpec, _sqrt
 from kvcompress.testing import conformance
 
@@ -43,7 +44,7 @@ def test_conformance(backend):
     assert set(taken) >= {"quantize", "dequantize", "nearest", "lookup"}
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, BITS)])
+@pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, CODE_BITS)])
 def test_affine(backend, monkeypatch, dtype, bits):
     monkeypatch.setattr("kvcompress_cupy.launches.layout.MANY", 4)  # blocks take turns
     affine.dequantize.cache_clear()
@@ -57,13 +58,13 @@ def test_affine(backend, monkeypatch, dtype, bits):
         if axis == "channel":
             x = np.ascontiguousarray(np.swapaxes(x, 1, 2))
         assert backend.supports("quantize", x, spec=spec)
-        codes, lower, upper = expected = ops.quantize(x, spec=spec)
+        codes, minimum, maximum = expected = ops.quantize(x, spec=spec)
         for backend.runtime.flush in (True, False):
             same(backend.quantize(x, spec=spec), expected)
         static = {"spec": spec, "channels": n}
-        decoded = ops.dequantize(codes, lower, upper, **static)
-        same([backend.dequantize(codes, lower, upper, **static)], [decoded])
-        short = backend.dequantize(codes, lower, upper, **static, dtype=dtype)
+        decoded = ops.dequantize(codes, minimum, maximum, **static)
+        same([backend.dequantize(codes, minimum, maximum, **static)], [decoded])
+        short = backend.dequantize(codes, minimum, maximum, **static, dtype=dtype)
         same([short], [ops.cast(decoded, dtype=dtype)])
     assert backend.runtime.copies == 0
 
@@ -129,11 +130,11 @@ def test_errors_that_do_not_fit_are_no_table(monkeypatch):
         tables.all_errors_header()
 
 
-@pytest.mark.parametrize("ends_dtype", FLOATING)
-def test_ends_of_another_dtype(backend, ends_dtype):
+@pytest.mark.parametrize("range_dtype", FLOATING)
+def test_ranges_of_another_dtype(backend, range_dtype):
     for axis, n in itertools.product(AXES, (64, 5)):
         x = np.random.default_rng(0).standard_normal((2, 70, n)).astype("float32") * 100
-        spec = AffineSpec(4, 32, axis, ends_dtype)
+        spec = AffineSpec(4, 32, axis, range_dtype)
         expected = ops.quantize(x, spec=spec)
         same(backend.quantize(x, spec=spec), expected)
         static = {"spec": spec, "channels": n}
@@ -141,7 +142,7 @@ def test_ends_of_another_dtype(backend, ends_dtype):
         alike(backend.clip_groups(x, spec=spec), ops.clip_groups(x, spec=spec))
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, BITS)])
+@pytest.mark.parametrize(("dtype", "bits"), [*itertools.product(FLOATING, CODE_BITS)])
 def test_rotated(backend, monkeypatch, dtype, bits):
     monkeypatch.setattr("kvcompress_cupy.launches.layout.MANY", 4)  # blocks take turns
     rotated.quantize_rotated.cache_clear()
@@ -238,13 +239,13 @@ def test_allocated(backend, n):
         edges = rng.integers(-6000, 6000, x.shape) / CELLS_PER_UNIT
         x = np.where(rng.random(x.shape) < 0.5, x, edges).astype("float32")
         x[0, 0, :1] = 1e30
-        depths = ops.allocate(rng.random((3, n), "float32"), bits)
-        assert backend.supports("quantize_allocated", x, depths, bits=bits)
-        codes = ops.quantize_allocated(x, depths, bits=bits)
-        same([backend.quantize_allocated(x, depths, bits=bits)], [codes])
-        assert backend.supports("dequantize_allocated", codes, depths, bits=bits)
-        levels = ops.dequantize_allocated(codes, depths, bits=bits)
-        same([backend.dequantize_allocated(codes, depths, bits=bits)], [levels])
+        component_bits = ops.allocate(rng.random((3, n), "float32"), bits)
+        assert backend.supports("quantize_allocated", x, component_bits, bits=bits)
+        codes = ops.quantize_allocated(x, component_bits, bits=bits)
+        same([backend.quantize_allocated(x, component_bits, bits=bits)], [codes])
+        assert backend.supports("dequantize_allocated", codes, component_bits, bits=bits)
+        levels = ops.dequantize_allocated(codes, component_bits, bits=bits)
+        same([backend.dequantize_allocated(codes, component_bits, bits=bits)], [levels])
     assert backend.runtime.copies == 0
 
 
@@ -252,11 +253,11 @@ def test_allocated_of_many_tokens(backend):
     """As many as a block takes: its shared memory has to do for rows of any width."""
     for n in (1, 2, 3, 5, 9):
         x = np.random.default_rng(n).standard_normal((1, 20000, n)).astype("float32")
-        depths = ops.allocate(np.ones((1, n), "float32"), 8 * n)
-        codes = ops.quantize_allocated(x, depths, bits=8 * n)
-        same([backend.quantize_allocated(x, depths, bits=8 * n)], [codes])
-        levels = ops.dequantize_allocated(codes, depths, bits=8 * n)
-        same([backend.dequantize_allocated(codes, depths, bits=8 * n)], [levels])
+        component_bits = ops.allocate(np.ones((1, n), "float32"), 8 * n)
+        codes = ops.quantize_allocated(x, component_bits, bits=8 * n)
+        same([backend.quantize_allocated(x, component_bits, bits=8 * n)], [codes])
+        levels = ops.dequantize_allocated(codes, component_bits, bits=8 * n)
+        same([backend.dequantize_allocated(codes, component_bits, bits=8 * n)], [levels])
 
 
 def layouts(x):
@@ -302,11 +303,11 @@ def test_layouts_of_codes(backend, n):
     x = hard.values((3, 70, n), "float16", bits=4, seed=n)
     for axis, bits in itertools.product(AXES, (3, 4)):
         spec = AffineSpec(bits, 32, axis)
-        codes, lower, upper = ops.quantize(x, spec=spec)
-        expected = ops.dequantize(codes, lower, upper, spec=spec, channels=n)
-        # Both ends in one array, as `GroupQuantization` has them, of float32 as it decodes them.
-        ends = np.concatenate([lower, upper], axis=-1).astype("float32")
-        halves = ends[..., : lower.shape[-1]], ends[..., lower.shape[-1] :]
+        codes, minimum, maximum = ops.quantize(x, spec=spec)
+        expected = ops.dequantize(codes, minimum, maximum, spec=spec, channels=n)
+        # In one array, as `GroupQuantization` has them, of float32 as it decodes them.
+        ranges = np.concatenate([minimum, maximum], axis=-1).astype("float32")
+        halves = ranges[..., : minimum.shape[-1]], ranges[..., minimum.shape[-1] :]
         shifted = np.concatenate([codes[..., :1], codes], axis=-1)[..., 1:]
         for same_codes in (codes, shifted):
             got = backend.dequantize(same_codes, *halves, spec=spec, channels=n)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kvcompress import GroupQuantization, KVCacheCompressor, PagedKVCache, RotatedQuantization, ops
-from kvcompress.arrays import FLOATING, dtype_of, namespace_of
+from kvcompress.arrays import FLOAT16_MAX, FLOATING, dtype_of, namespace_of
 from kvcompress.backend import Dispatcher
 from kvcompress.ops.affine import AffineSpec
 from kvcompress.ops.rotated import RotatedSpec
@@ -93,7 +93,7 @@ def test_no_tokens(backend):
 def test_within(backend, dtype):
     kind = np.dtype(dtype_of(namespace_of(np), dtype))
     rng = np.random.default_rng(0)
-    limits = [0.0, 1.0, 2.0**-14, 65504.0 if dtype == "float16" else 2.0**120]
+    limits = [0.0, 1.0, 2.0**-14, FLOAT16_MAX if dtype == "float16" else 2.0**120]
     bad = [np.nan, -np.nan, np.inf, -np.inf]
     for (tokens, heads, n), limit in itertools.product(SIZES, limits):
         x = ((rng.random((heads, tokens, n)) * 2 - 1) * limit).astype(kind)
