@@ -14,8 +14,13 @@ import tempfile
 from importlib.util import find_spec
 from typing import Any
 
+import hypothesis
 from sybil import Example, Sybil
 from sybil.parsers.myst import CodeBlockParser, PythonCodeBlockParser, SkipParser
+
+# The first example of a page loads the kernels, which takes longer than Hypothesis allows.
+hypothesis.settings.register_profile("docs", deadline=None)
+hypothesis.settings.load_profile("docs")
 
 
 def missing(library: str) -> bool:
