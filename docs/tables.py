@@ -13,6 +13,7 @@ from pathlib import Path
 import kvcompress
 from kvcompress.evaluation.rates import CALIBRATIONS
 from kvcompress.methods import known_cache_methods, known_methods
+from kvcompress.ops.registry import OPERATIONS, Nearest, Rounded, SameBits, SameValues
 
 DOCS = Path(__file__).parent
 
@@ -39,6 +40,14 @@ PACKAGES = {
 """Subjects of the packages of kvcompress; each imports only from those before it."""
 
 
+AGREEMENTS = {
+    SameBits: "bit for bit",
+    SameValues: "equal",
+    Rounded: "within rounding",
+    Nearest: "as near, within rounding",
+}
+
+
 def methods_table() -> str:
     """All registered methods of this distribution: what they do, their settings, calibrations."""
     rows = [("method", "what it does", "settings", "calibration"), ("---",) * 4]
@@ -49,6 +58,16 @@ def methods_table() -> str:
         need = ("optional" if name in known else "required") if name in CALIBRATIONS else "none"
         rows.append((f"`{name}`", summary(cls), settings(cls), need))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def operations_table() -> str:
+    """All operations, and how closely the results of a backend must agree with the generic form."""
+    rows = ["| operation | what it does | results agree |\n|---|---|---|\n"]
+    for op in sorted(OPERATIONS.values(), key=lambda op: op.name):
+        names = ", ".join(f"`{method}`" for method in op.methods)
+        agreement = AGREEMENTS[type(op.agreement)]
+        rows.append(f"| {names} | {op.summary.removesuffix('.')} | {agreement} |\n")
+    return "".join(rows)
 
 
 def packages_table() -> str:
@@ -99,6 +118,7 @@ def settings(cls: type) -> str:
 
 
 TABLES: dict[str, dict[str, Callable[[], str]]] = {
+    "add-a-backend.md": {"operations": operations_table},
     "architecture.md": {"packages": packages_table},
     "concepts.md": {"methods": methods_table},
 }

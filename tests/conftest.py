@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -124,9 +126,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--regenerate-golden", action="store_true", help="write tests/golden/ anew from the oracle"
     )
-    parser.addoption(
-        "--rewrite-docs", action="store_true", help="write the table of operations in docs/ anew"
-    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -167,3 +166,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for mark in item.iter_markers("library"):
             if mark.args[0] not in here:
                 item.add_marker(pytest.mark.skip(reason=f"not testing with {mark.args[0]}"))
+
+
+@pytest.fixture
+def tables() -> Any:
+    """The module ``docs/tables.py``."""
+    script = Path(__file__).parent.parent / "docs" / "tables.py"
+    if not script.exists():
+        pytest.skip("the documentation is not beside the tests")
+    spec = spec_from_file_location("tables", script)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -2,23 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
-import pytest
-
-SCRIPT = Path(__file__).parent.parent / "docs" / "tables.py"
-
-
-@pytest.fixture
-def tables():
-    if not SCRIPT.exists():
-        pytest.skip("the documentation is not beside the tests")
-    spec = importlib.util.spec_from_file_location("tables", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 def test_the_tables_are_those_of_the_code(tables):
     stale = [page.name for page, content in tables.pages() if page.read_text("utf-8") != content]

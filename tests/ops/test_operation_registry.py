@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,42 +15,11 @@ from kvcompress.cli.libraries import LIBRARIES
 from kvcompress.ops.inputs import Call, Inputs
 from kvcompress.ops.registry import (
     OPERATIONS,
-    Nearest,
-    Rounded,
-    SameBits,
-    SameValues,
     methods,
     operation,
 )
 from kvcompress.ops.slots import Paged
 from kvcompress.testing import conformance, gpu_calls
-
-PAGE = Path(__file__).parents[2] / "docs" / "add-a-backend.md"
-AGREEMENT = {
-    SameBits: "bit for bit",
-    SameValues: "equal",
-    Rounded: "within rounding",
-    Nearest: "as near, within rounding",
-}
-
-
-def table():
-    """The operations, as ``docs/add-a-backend.md`` lists them."""
-    lines = ["| Operation | What it does | Results agree |", "|---|---|---|"]
-    for op in sorted(OPERATIONS.values(), key=lambda op: op.name):
-        names = ", ".join(f"`{method}`" for method in op.methods)
-        lines.append(f"| {names} | {op.summary} | {AGREEMENT[type(op.agreement)]} |")
-    return "\n".join(lines)
-
-
-def test_the_table_in_the_docs(request):
-    """``pytest tests/ops/test_registry.py --rewrite-docs`` writes it anew."""
-    before, mark, rest = PAGE.read_text().partition("<!-- operations -->\n")
-    found, end, after = rest.partition("<!-- end -->")
-    if request.config.getoption("--rewrite-docs"):
-        PAGE.write_text(f"{before}{mark}{table()}\n{end}{after}")
-    else:
-        assert found == f"{table()}\n", "pytest tests/ops/test_registry.py --rewrite-docs"
 
 
 @pytest.fixture
@@ -92,7 +60,7 @@ class Doubling(KernelBackend):
         return ops.gather_slots(pool + pool, slots)
 
 
-def test_a_new_operation_is_part_of_all_that_derives_from_them(toy):
+def test_a_new_operation_is_part_of_all_that_derives_from_them(toy, tables):
     cases = [case for case in conformance.cases() if case.operation.function is toy]
     assert len(cases) == 6 * 3 * 2
     assert {case.op for case in cases} == {"scale", "scale_paged"}
@@ -102,7 +70,8 @@ def test_a_new_operation_is_part_of_all_that_derives_from_them(toy):
     assert set(timed) == OPERATIONS.keys()
     on_gpu = [str(call) for call in gpu_calls.calls(np.asarray, (2, 32, 8), Doubling())]
     assert on_gpu == ["scale by 2.0 float32", "scale_paged by 2.0 float32"]
-    assert "| `scale`, `scale_paged` | Multiply by a factor. | bit for bit |" in table()
+    row = "| `scale`, `scale_paged` | Multiply by a factor | bit for bit |"
+    assert row in tables.operations_table()
     torch_backend = pytest.importorskip("kvcompress_torch").backend
     assert {"scale", "scale_paged"} <= methods().keys()
     assert callable(torch_backend.scale)
@@ -191,7 +160,11 @@ def test_a_dispatcher_is_chosen_compared_and_hashed_as_it_is():
     assert a != KVCacheCompressor(LowRank(2), backend=Dispatcher())
 
 
-@pytest.mark.parametrize("choice", [None, "auto", "generic", Dispatcher(), select()], ids=repr)
+@pytest.mark.parametrize(
+    "choice",
+    [None, "auto", "generic", Dispatcher(), select()],
+    ids=["default", "auto", "generic", "no backends", "all backends"],
+)
 def test_pickled(choice):
     """Our own backends go by name, so that what comes back is equal."""
     compressor = KVCacheCompressor(LowRank(2), backend=choice)
