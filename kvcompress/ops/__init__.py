@@ -8,6 +8,7 @@ from kvcompress.ops.affine import AffineSpec, dequantize, quantize
 from kvcompress.ops.allocated import allocate, dequantize_allocated, quantize_allocated
 from kvcompress.ops.bounds import within
 from kvcompress.ops.casting import cast
+from kvcompress.ops.channels import channel_reference, normalize_channels, restore_channels
 from kvcompress.ops.clipping import clip_groups
 from kvcompress.ops.hadamard import hadamard, inverse_hadamard
 from kvcompress.ops.kmeans import kmeans, lookup, nearest
@@ -28,6 +29,7 @@ __all__ = [
     "allocate",
     "cast",
     "center",
+    "channel_reference",
     "clip_groups",
     "decode_product",
     "dequantize",
@@ -42,6 +44,7 @@ __all__ = [
     "largest",
     "lookup",
     "nearest",
+    "normalize_channels",
     "operation",
     "pack",
     "packed_size",
@@ -51,6 +54,7 @@ __all__ = [
     "quantize_allocated",
     "quantize_rotated",
     "reconstruct",
+    "restore_channels",
     "scatter_slots",
     "unpack",
     "variances",

@@ -15,6 +15,7 @@ from kvcompress.arrays import FLOAT16_MAX, on_cpu
 from kvcompress.backend import Dispatcher
 from kvcompress.errors import SettingError
 from kvcompress.ops import RotatedSpec, dequantize_rotated, hadamard, quantize_rotated
+from kvcompress.ops.channels import factors
 from kvcompress.ops.lloyd_max import levels
 from kvcompress.testing.strategies import tensors
 
@@ -32,13 +33,13 @@ CASES = [
 DISTORTION = (0.3634, 0.1175, 0.03454, 0.009497, 0.002499, 6.44e-4, 1.64e-4, 4.12e-5)
 
 
-def encode(x, *, method):
-    return method.encode(x, "keys", Dispatcher())
+def encode(x, *, method, role="values"):
+    return method.encode(x, role, Dispatcher())
 
 
-def decode(payload, *, method, spec):
+def decode(payload, *, method, spec, role="values"):
     """In float32: what narrowing adds is tested with the operations."""
-    return method.decode(payload, replace(spec, dtype="float32"), "keys", Dispatcher())
+    return method.decode(payload, replace(spec, dtype="float32"), role, Dispatcher())
 
 
 def rotated(x, seed):
@@ -143,22 +144,28 @@ def decode_in_float64(payload, method, n):
 
 @pytest.mark.parametrize("method", [RotatedQuantization(3, 5), RotatedQuantization(8)], ids=str)
 @pytest.mark.parametrize("shape", [(2, 70, 16), (1, 1, 12), (2, 0, 8), (0, 5, 8)])
-def test_encode_as_promised_and_decode_as_the_oracle(xp, method, shape):
+@pytest.mark.parametrize("role", ["keys", "values"])
+def test_encode_as_promised_and_decode_as_the_oracle(xp, method, shape, role):
     if xp.name == "jax" and (shape[1] < 70 or method.bits == 8):
         pytest.skip("compiled as a whole it is one compilation, and tested")
     for dtype in xp.dtypes[: 1 if xp.name == "jax" else 3]:
         x = np.random.default_rng(0).standard_normal(shape).astype(DTYPES[dtype])
         spec, array = TensorSpec(shape, dtype), xp.asarray(x)
-        payload = xp.run(encode, array, method=method)
+        payload = xp.run(encode, array, method=method, role=role)
         np.testing.assert_array_equal(xp.numpy(array), x)  # left alone
-        out = xp.run(decode, payload, method=method, spec=spec)
+        out = xp.run(decode, payload, method=method, spec=spec, role=role)
         assert xp.owns(out)
         assert all(map(xp.owns, payload.values()))
         arrays = {name: xp.numpy(a) for name, a in payload.items()}
         found = {name: TensorSpec(a.shape, a.dtype.name) for name, a in arrays.items()}
-        assert found == method.encoded_spec(spec, "keys")
+        assert found == method.encoded_spec(spec, role)
         expected, gain = decode_in_float64(arrays, method, shape[-1])
         bound = oracle.gamma(2 * shape[-1] + 16) * gain * 5 * shape[-1]
+        if role == "keys":
+            factor = factors()[arrays["scale"]].astype("float64")
+            offset = arrays["offset"].astype("float64")
+            expected = expected * factor + offset
+            bound = bound * factor + 2.0**-22 * (abs(expected) + abs(offset))
         assert (abs(xp.numpy(out) - expected) <= bound).all()
 
 
@@ -169,8 +176,26 @@ def test_quantizing_the_gains_costs_next_to_nothing():
         out = decode(encode(x, method=method), method=method, spec=spec)
         share = ((out - x.astype("float64")) ** 2).sum() / (x.astype("float64") ** 2).sum()
         assert share <= 1.01 * DISTORTION[bits - 1]
-        nbytes = sum(s.nbytes for s in method.encoded_spec(spec, "keys").values())
-        assert 8 * nbytes / x.size == bits + (8 + 2 * 16 / 32) / 64
+        for role, reference in (("keys", (16 + 8) / 640), ("values", 0)):
+            nbytes = sum(s.nbytes for s in method.encoded_spec(spec, role).values())
+            assert 8 * nbytes / x.size == pytest.approx(bits + (8 + 2 * 16 / 32) / 64 + reference)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_large_constant_channels_of_keys_cost_the_others_nothing(xp, bits):
+    """As Qwen2.5's: the error beside channels of magnitude 200 is that without them."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 640, 64)).astype("float32")
+    large = x.copy()
+    large[:, :, [3, 40]] += np.asarray([200.0, -120.0], "float32")
+    method, spec = RotatedQuantization(bits), TensorSpec(x.shape, "float32")
+    errors = []
+    for y in (x, large):
+        payload = xp.run(encode, xp.asarray(y), method=method, role="keys")
+        out = xp.numpy(xp.run(decode, payload, method=method, spec=spec, role="keys"))
+        errors.append(float(np.mean((out - y) ** 2)))
+    assert errors[1] < 1.05 * errors[0]
+    assert errors[0] < 1.1 * DISTORTION[bits - 1]
 
 
 def test_more_bits_serve_better():

@@ -141,7 +141,8 @@ class InPlace:
         (GroupQuantization(4, 32), ["within_paged"] * 2 + ["quantize_paged"] * 2),
         (GroupQuantization(2, 32), ["within_paged"] * 2),  # clipped first
         (GroupQuantization(3, 32), ["within_paged"] * 2),  # not supported
-        (RotatedQuantization(4), ["within_paged"] * 2 + ["quantize_rotated_paged"] * 2),
+        # Keys are centred first.
+        (RotatedQuantization(4), ["within_paged"] * 2 + ["quantize_rotated_paged"]),
         (LowRank(4), []),
     ],
 )
