@@ -52,6 +52,10 @@ class CodingError(KVCompressError, ValueError):
     """An entropy-coded payload is damaged and cannot be decoded."""
 
 
+class PayloadError(KVCompressError, ValueError):
+    """What is to be decompressed does not hold the arrays that it claims to hold."""
+
+
 class UnsupportedModel(KVCompressError, TypeError):
     """A model's cache or attention is of a kind that cannot be read or replaced."""
 

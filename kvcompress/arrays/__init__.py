@@ -3,6 +3,7 @@
 For authors of backends outside this package, too: what is named here is public.
 """
 
+from kvcompress.arrays.constants import kept
 from kvcompress.arrays.host import HostArray, bisect, digest
 from kvcompress.arrays.namespace import (
     FLOAT16_MAX,
@@ -11,6 +12,7 @@ from kvcompress.arrays.namespace import (
     Namespace,
     array_namespace,
     astype,
+    check_array,
     device,
     dtype_name,
     dtype_of,
@@ -45,6 +47,7 @@ __all__ = [
     "array_namespace",
     "astype",
     "bisect",
+    "check_array",
     "convert",
     "detach",
     "device",
@@ -56,6 +59,7 @@ __all__ = [
     "first_largest",
     "is_concrete",
     "itemsize",
+    "kept",
     "largest_positions",
     "library_name",
     "look_up",

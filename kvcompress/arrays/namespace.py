@@ -53,6 +53,34 @@ def array_namespace(*arrays: Array) -> Namespace:
     return xp
 
 
+def check_array(name: str, x: Array) -> None:
+    """Check that `x` holds plain numbers in memory, and not only looks like an array.
+
+    Raises
+    ------
+    NamespaceError
+        Of a masked array or a matrix of NumPy; of a tensor of PyTorch that is sparse, nested,
+        without memory ("meta"), or batched by ``torch.vmap``; of a deleted array of JAX.
+    """
+    if type(x) is np.ndarray:
+        return
+    found = None
+    if isinstance(x, np.ma.MaskedArray | np.matrix):
+        found = f"a {type(x).__name__}; pass a numpy.ndarray, such as x.filled(0) of a masked one"
+    elif compat.is_torch_array(x):
+        torch = sys.modules["torch"]
+        if x.layout is not torch.strided or x.is_nested:
+            found = f"a tensor of layout {x.layout}; pass a dense one, such as x.to_dense()"
+        elif x.is_meta:
+            found = "a tensor on the device meta, which has no numbers"
+        elif torch._C._functorch.is_batchedtensor(x):
+            found = "a tensor that torch.vmap batches; pass the batch as a dimension instead"
+    elif compat.is_jax_array(x) and is_concrete(x) and x.is_deleted():
+        found = "an array of JAX that was deleted, or donated to a compiled function"
+    if found:
+        raise NamespaceError(f"{name} is {found}")
+
+
 @cache
 def _numpy() -> Namespace:
     return compat.array_namespace(np.empty(0))
@@ -83,6 +111,9 @@ def is_concrete(x: Array) -> bool:
     if compat.is_jax_array(x):
         return not isinstance(x, sys.modules["jax"].core.Tracer)
     if compat.is_torch_array(x):
+        fake = sys.modules.get("torch._subclasses.fake_tensor")
+        if fake is not None and isinstance(x, fake.FakeTensor):
+            return False
         return not sys.modules["torch"].compiler.is_compiling()
     return True
 

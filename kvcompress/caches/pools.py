@@ -12,6 +12,7 @@ from kvcompress.arrays import (
     HostArray,
     Namespace,
     array_namespace,
+    check_array,
     device,
     dtype_name,
     dtype_of,
@@ -105,6 +106,7 @@ def check_tokens(
         )
     kind, where = dtype_name(like.dtype), device(like)
     for name, x, width in (("k", k, key_width), ("v", v, value_width)):
+        check_array(name, x)
         if x.ndim != 3 or (x.shape[0], x.shape[2]) != (heads, width):
             raise ShapeError(
                 f"{name} must be [{heads}, new tokens, {width}], got shape {tuple(x.shape)}"

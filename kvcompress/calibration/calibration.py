@@ -12,6 +12,7 @@ from kvcompress.arrays import (
     Array,
     HostArray,
     array_namespace,
+    check_array,
     digest,
     dtype_name,
     to_host,
@@ -236,6 +237,7 @@ class Calibration:
 
 def _host(name: str, x: Array) -> HostArray:
     array_namespace(x)
+    check_array(name, x)
     if dtype_name(x.dtype) not in FLOATING:
         raise DTypeError(f"{name} must be one of {', '.join(FLOATING)}, got {dtype_name(x.dtype)}")
     if x.ndim not in (3, 4):

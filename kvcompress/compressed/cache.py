@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
+
+import numpy as np
 
 from kvcompress.arrays import (
     Array,
@@ -17,10 +20,13 @@ from kvcompress.arrays import (
     namespace_of,
     pytree,
     register_pytrees,
+    to_host,
 )
 from kvcompress.compressed.base import Compressed, nbytes_of
 from kvcompress.compressed.kv import CompressedKV
 from kvcompress.methods.base import Payload
+
+CHECKSUM_BYTES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +54,8 @@ class CompressedLayerGroup(Compressed):
         Of the originals.
     sinks : int
         How many of the exact tokens stand at the start.
+    checksum : int
+        CRC-32 of all of the above, from `compute_checksum`; 4 bytes.
     """
 
     payload: Payload
@@ -58,6 +66,21 @@ class CompressedLayerGroup(Compressed):
     shapes: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     dtype: str
     sinks: int
+    checksum: int = 0
+
+    def compute_checksum(self) -> int:
+        """CRC-32 of all arrays and facts: what cannot be decoded as it was encoded has another."""
+        facts = self.method, self.fingerprint, self.shapes, self.dtype, self.sinks
+        places = self.positions
+        crc = zlib.crc32(repr((facts, places if isinstance(places, int) else None)).encode())
+        arrays = [self.payload[name] for name in sorted(self.payload)]
+        arrays += [x for pair in self.exact for x in pair]
+        arrays += [] if isinstance(places, int) else [places]
+        for x in arrays:
+            host = np.ascontiguousarray(to_host(x))
+            crc = zlib.crc32(f"{host.dtype} {host.shape}".encode(), crc)
+            crc = zlib.crc32(host.reshape(-1).view(np.uint8).data, crc)
+        return crc
 
     @property
     def device(self) -> Any:
@@ -70,7 +93,7 @@ class CompressedLayerGroup(Compressed):
     @property
     def coded_nbytes(self) -> int:
         places = () if isinstance(self.positions, int) else (self.positions,)
-        return nbytes_of((*self.payload.values(), *places))
+        return nbytes_of((*self.payload.values(), *places)) + CHECKSUM_BYTES
 
     @property
     def original_nbytes(self) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from kvcompress.arrays import Array, HostArray, array_namespace, device, dtype_name, to_host
 from kvcompress.backend import Dispatcher
 from kvcompress.compressed.cache import CompressedLayerGroup
+from kvcompress.errors import CodingError
 from kvcompress.methods.cache_method import CacheMethod
 from kvcompress.ops.casting import cast
 
@@ -98,7 +99,7 @@ def compress_group(
 
     start = int(positions[0]) if count else 0
     follow = bool(np.array_equal(positions, start + np.arange(count)))
-    return CompressedLayerGroup(
+    compressed = CompressedLayerGroup(
         payload=payload,
         exact=tuple((exact(k), exact(v)) for k, v in pairs),
         positions=start if follow else place,
@@ -108,6 +109,7 @@ def compress_group(
         dtype=dtype_name(like.dtype),
         sinks=sinks,
     )
+    return replace(compressed, checksum=compressed.compute_checksum())
 
 
 def decompress_group(
@@ -124,6 +126,8 @@ def decompress_group(
     CalibrationError, CodingError
     """
     group, like = method.find(part.fingerprint), part.some_array
+    if part.compute_checksum() != part.checksum:
+        raise CodingError("the checksum of compressed layers does not match; they are damaged")
     xp, where = array_namespace(like), device(like)
     batch, _, count, _ = part.shapes[0][0]
     tokens = Tokens(part.sinks, count - (like.shape[2] - part.sinks), count, asked)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TypeAlias
 
 from kvcompress.arrays import FLOATING, itemsize
+from kvcompress.compressed.cache import CHECKSUM_BYTES
 from kvcompress.compressor.cache import CacheCodec
 from kvcompress.compressor.layer import LayerCodec
 from kvcompress.compressor.tensor import split_spec
@@ -64,7 +65,9 @@ def cache_size(
         exact = min(tokens, layer.sinks + layer.window)
         kept = sum(math.prod(shape) // max(tokens, 1) * exact for i in layers for shape in pairs[i])
         # Positions are kept where they are not a range.
-        total += method.max_nbytes(group, math.prod(lead), tokens - exact) + 4 * tokens
+        total += (
+            method.max_nbytes(group, math.prod(lead), tokens - exact) + 4 * tokens + CHECKSUM_BYTES
+        )
         total += kept * itemsize(dtype)
     return total
 

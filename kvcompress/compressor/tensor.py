@@ -10,7 +10,8 @@ import math
 from kvcompress.arrays import Array, array_namespace, dtype_name
 from kvcompress.backend import Dispatcher
 from kvcompress.compressed.kv import CompressedTensor
-from kvcompress.compressor.validation import LARGEST
+from kvcompress.compressor.validation import LARGEST, check_payload
+from kvcompress.errors import PayloadError
 from kvcompress.methods.base import Method, Role, TensorSpec
 from kvcompress.ops.casting import cast
 from kvcompress.ops.slots import Paged
@@ -67,13 +68,39 @@ def decode(
     """Restore a tensor of `shape`, of whose exact tokens `sinks` stand at the start.
 
     What `Method.detach` left out is taken from `known`.
+
+    Raises
+    ------
+    CalibrationError, NamespaceError, PayloadError
+        If `known` lacks what is needed, or the tensor does not hold what it claims to hold.
     """
-    x = tensor.method.attach(known).decode(tensor.payload, tensor.spec, tensor.role, dispatch)
+    method = tensor.method.attach(known)
+    check_payload(tensor.payload, method.encoded_spec(tensor.spec, tensor.role))
+    exact = _checked_exact(tensor, shape, sinks)
+    x = method.decode(tensor.payload, tensor.spec, tensor.role, dispatch)
     x = dispatch(cast, x, dtype=tensor.spec.dtype)
     xp = array_namespace(x)
-    if tensor.exact is not None:
-        x = xp.concat([tensor.exact[:, :sinks, :], x, tensor.exact[:, sinks:, :]], axis=1)
+    if exact is not None:
+        x = xp.concat([exact[:, :sinks, :], x, exact[:, sinks:, :]], axis=1)
     return xp.reshape(x, shape)
+
+
+def _checked_exact(tensor: CompressedTensor, shape: tuple[int, ...], sinks: int) -> Array | None:
+    """Exact tokens, which with those coded must make up the shape."""
+    (heads, tokens, head_dim), spec = _fold(shape), tensor.spec
+    count = tokens - spec.shape[1]
+    if spec.shape != (heads, tokens - count, head_dim) or not 0 <= sinks <= max(count, 0):
+        raise PayloadError(
+            f"coded tokens {spec.shape} and {sinks} sinks do not make up a tensor {shape}"
+        )
+    if tensor.exact is None:
+        if count:
+            raise PayloadError(f"{count} exact tokens are missing")
+        return None
+    check_payload(
+        {"exact": tensor.exact}, {"exact": TensorSpec((heads, count, head_dim), spec.dtype)}
+    )
+    return tensor.exact
 
 
 def _fold(shape: tuple[int, ...]) -> tuple[int, int, int]:

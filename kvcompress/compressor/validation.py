@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from kvcompress.arrays import (
     Array,
     HostArray,
     array_namespace,
+    check_array,
     device,
     dtype_name,
     is_concrete,
@@ -19,8 +20,8 @@ from kvcompress.arrays import (
 )
 from kvcompress.backend import Dispatcher
 from kvcompress.compressed.kv import KVLayout
-from kvcompress.errors import DTypeError, NamespaceError, NonFiniteError, ShapeError
-from kvcompress.methods.base import Role
+from kvcompress.errors import DTypeError, NamespaceError, NonFiniteError, PayloadError, ShapeError
+from kvcompress.methods.base import Payload, Role, TensorSpec
 from kvcompress.ops.bounds import within
 
 LARGEST = 2.0**120
@@ -36,6 +37,7 @@ def check_pair(k: Array, v: Array, layout: KVLayout, ndim: int) -> None:
     """
     array_namespace(k, v)
     for name, x in (("k", k), ("v", v)):
+        check_array(name, x)
         if x.ndim != ndim:
             hint = {3: "; see compress_kv_3d", 4: "; see compress_kv"}.get(x.ndim, "")
             raise ShapeError(
@@ -144,3 +146,20 @@ def _first(x: Array, limit: float, role: Role) -> str:
         f"{role} hold {float(x[where])} at index {list(where)}, and {count - 1} more values that "
         f'are not finite or exceed {LARGEST:.3g}; nonfinite="saturate" accepts them'
     )
+
+
+def check_payload(payload: Payload, expected: Mapping[str, TensorSpec]) -> None:
+    """Check that a payload holds what its method expects, before a kernel sees it.
+
+    Arrays must be of one library, of the shapes and dtypes expected; whole numbers must be in
+    range, as far as they can be looked at.
+
+    Raises
+    ------
+    NamespaceError, PayloadError
+    """
+    if payload.keys() != expected.keys():
+        raise PayloadError(f"expected the arrays {sorted(expected)}, got {sorted(payload)}")
+    array_namespace(*payload.values())
+    for name, spec in expected.items():
+        spec.check(name, payload[name])

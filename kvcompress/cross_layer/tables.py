@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-from kvcompress.arrays import Array, HostArray, Namespace, array_namespace
+from kvcompress.arrays import Array, HostArray, Namespace, array_namespace, kept
 from kvcompress.cross_layer.metric import weigh_layer
 from kvcompress.cross_layer.parameters import CrossLayerParameters
 
@@ -38,7 +37,7 @@ class Backward:
     centres: tuple[Array, Array]
 
 
-@lru_cache(maxsize=8)
+@kept(maxsize=8)
 def backward_tables(parameters: CrossLayerParameters, xp: Namespace, where: Any) -> Backward:
     """Tables of parameters on a device, to restore rows."""
 
@@ -54,20 +53,21 @@ def backward_tables(parameters: CrossLayerParameters, xp: Namespace, where: Any)
     )
 
 
-@lru_cache(maxsize=8)
+@kept(maxsize=8)
 def forward_tables(parameters: CrossLayerParameters, xp: Namespace, where: Any) -> Forward:
     """Tables of parameters on a device, to encode rows."""
 
     def move(x: HostArray) -> Array:
         return xp.asarray(x, device=where)
 
+    mean = move(parameters.mean)
     return Forward(
-        move(parameters.mean),
+        mean,
         [[move(x / parameters.step) for x in layer] for layer in parameters.metric.layers],
         move(parameters.forward),
         move(parameters.importance),
         move(parameters.rounding[parameters.classes]),
-        backward_tables(parameters, xp, where),
+        backward_tables(parameters, like=mean),
     )
 
 

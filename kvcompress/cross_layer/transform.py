@@ -112,7 +112,7 @@ class CrossLayerTransform(CacheMethod):
         like, parameters = keys[0], self.groups[group]
         xp, where = array_namespace(like), device(like)
         batch, tokens, width = like.shape[0], like.shape[2], parameters.group.width
-        tables = forward_tables(parameters, xp, where)
+        tables = forward_tables(parameters, like=like)
 
         def blocks(b: int) -> Iterator[Array]:
             for start in range(0, tokens, BLOCK):
@@ -153,7 +153,7 @@ class CrossLayerTransform(CacheMethod):
         host = {name: to_host(x) for name, x in payload.items()}
         words, lengths = unpack(host)
         ends = np.cumsum(lengths)
-        tables = backward_tables(parameters, xp, where)
+        tables = backward_tables(parameters, like=like)
         means = decode_means(parameters, host) if batch and len(tokens) else np.zeros((0, 0))
         for b in range(batch):
             for start in range(tokens.start, tokens.stop, BLOCK):

@@ -10,10 +10,12 @@ from kvcompress.arrays import (
     astype,
     device,
     dtype_name,
+    is_concrete,
     look_up,
     map_matrices,
 )
 from kvcompress.backend import Dispatcher
+from kvcompress.errors import PayloadError
 from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
 from kvcompress.methods._side_information import GAINS
 from kvcompress.methods.base import Payload, TensorSpec
@@ -46,7 +48,7 @@ def encoded_spec(bits: float, spec: TensorSpec) -> Mapping[str, TensorSpec]:
     return {
         "codes": TensorSpec((heads, tokens, packed_size(_bits(bits, head_dim), 1)), "uint8"),
         **GAINS.encoded_spec(TensorSpec((heads, tokens, 1), spec.dtype)),
-        "component_bits": TensorSpec((heads, head_dim), "uint8"),
+        "component_bits": TensorSpec((heads, head_dim), "uint8", DEEPEST + 1),
         "step": row,
         "mean": row,
         "scale": TensorSpec((heads, 1, 1), "float32"),
@@ -124,8 +126,11 @@ def _divisor(step: Array) -> Array:
 
 
 def _decode(total: int, payload: Payload, dispatch: Dispatcher) -> Array:
-    xp = array_namespace(payload["codes"])
-    levels = dispatch(dequantize_allocated, payload["codes"], payload["component_bits"], bits=total)
+    xp, component_bits = array_namespace(payload["codes"]), payload["component_bits"]
+    sums = xp.sum(xp.astype(component_bits, xp.int32), axis=-1)
+    if is_concrete(sums) and bool(xp.any(sums != total)):
+        raise PayloadError(f"component_bits must add up to {total} for every head")
+    levels = dispatch(dequantize_allocated, payload["codes"], component_bits, bits=total)
     levels *= astype(payload["step"], "float32")
     x = levels @ xp.matrix_transpose(_basis(payload, dispatch))
     x += astype(payload["mean"], "float32")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from kvcompress.arrays import Array, HostArray, Namespace, array_namespace, device, is_concrete
+from kvcompress.arrays import Array, HostArray, Namespace, array_namespace, device, kept
 from kvcompress.backend import Dispatcher
 from kvcompress.calibration.parameters import LayerParameters, RoleParameters
 from kvcompress.errors import SettingError
@@ -48,7 +47,7 @@ def encode(
     parameters: LayerParameters, x: Array, role: Role, dispatch: Dispatcher
 ) -> tuple[Payload, Errors]:
     """Payload of a tensor, and what tells its errors: as the attention logits see those of keys."""
-    xp, tables = array_namespace(x), _tables(parameters, role, x)
+    xp, tables = array_namespace(x), _tables(parameters, role, like=x)
     batch, tokens = x.shape[0] // tables.heads, x.shape[1]
     full = dispatch(cast, x, dtype="float32")
     if role == "values":
@@ -74,7 +73,7 @@ def decode(
     parameters: LayerParameters, payload: Payload, role: Role, dispatch: Dispatcher
 ) -> Array:
     """Tensor ``[heads, tokens, head_dim]``, float32."""
-    tables = _tables(parameters, role, payload["codes"])
+    tables = _tables(parameters, role, like=payload["codes"])
     x = _directions(tables, payload["codes"], dispatch)
     if role == "keys":
         return x
@@ -140,14 +139,8 @@ class _Tables:
         return array_namespace(like).asarray(known, device=device(like))[:, None]
 
 
-def _tables(parameters: LayerParameters, role: Role, like: Array) -> _Tables:
-    """Tables in the library and on the device of `like`."""
-    # What a compiler traces must not outlive the trace.
-    make = _kept_tables if is_concrete(like) else _make_tables
-    return make(parameters, role, array_namespace(like), device(like))
-
-
-def _make_tables(parameters: LayerParameters, role: Role, xp: Namespace, where: Any) -> _Tables:
+@kept(maxsize=1024)
+def _tables(parameters: LayerParameters, role: Role, xp: Namespace, where: Any) -> _Tables:
     part = _part(parameters, role)
 
     def move(x: HostArray) -> Array:
@@ -156,6 +149,3 @@ def _make_tables(parameters: LayerParameters, role: Role, xp: Namespace, where: 
     books = tuple(map(move, part.codebooks))
     forward, backward, offset = map(move, (part.forward, part.backward, part.offset))
     return _Tables(forward, books, backward, offset, parameters.log_norm, len(part.forward))
-
-
-_kept_tables = lru_cache(maxsize=1024)(_make_tables)

@@ -9,9 +9,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
-from kvcompress.arrays import Array, itemsize
+from kvcompress.arrays import Array, array_namespace, dtype_name, is_concrete, itemsize
 from kvcompress.backend import Dispatcher
-from kvcompress.errors import SettingError
+from kvcompress.errors import PayloadError, SettingError
 from kvcompress.methods.registry import known, register
 
 Role: TypeAlias = Literal["keys", "values"]
@@ -27,10 +27,14 @@ class TensorSpec:
     shape : tuple of int
     dtype : str
         "float16", "bfloat16", "float32", "uint8" or "int32".
+    below : int, optional
+        Of whole numbers: what all of them are below, such as the length of what they index. It
+        is checked before a payload is decoded, and not compared.
     """
 
     shape: tuple[int, ...]
     dtype: str
+    below: int | None = dataclasses.field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -41,6 +45,26 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes of the elements."""
         return self.size * itemsize(self.dtype)
+
+    def check(self, name: str, x: Array) -> None:
+        """Check that an array is what is specified; its numbers as far as they can be looked at.
+
+        Raises
+        ------
+        PayloadError
+        """
+        shape, dtype = tuple(x.shape), dtype_name(x.dtype)
+        if (shape, dtype) != (self.shape, self.dtype):
+            raise PayloadError(
+                f"{name} must be {self.dtype} of shape {self.shape}, got {dtype} of shape {shape}"
+            )
+        if self.below is not None and self.size and is_concrete(x):
+            xp = array_namespace(x)
+            low, high = int(xp.min(x)), int(xp.max(x))
+            if low < 0 or high >= self.below:
+                raise PayloadError(
+                    f"{name} must be from 0 to {self.below - 1}, got {low} to {high}"
+                )
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class Hybrid(Method):
         kept = (heads, self._kept(tokens))
         return {
             **_grouped.encoded_spec(self._affine(spec.dtype), self._coefficients(spec)),
-            "outlier_index": TensorSpec(kept, "int32"),
+            "outlier_index": TensorSpec(kept, "int32", tokens * self.rank),
             "outlier_value": TensorSpec(kept, spec.dtype),
             **basis_spec(spec, self.rank),
         }

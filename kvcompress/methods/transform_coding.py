@@ -166,7 +166,7 @@ class TransformCoding(Method):
             heads, _, head_dim = spec.shape
             together = self._together
             rows, width = heads // together, head_dim * together
-            payload["exact_index"] = TensorSpec((rows, kept), "int32")
+            payload["exact_index"] = TensorSpec((rows, kept), "int32", spec.shape[1])
             payload["exact_value"] = TensorSpec((rows, kept, width), spec.dtype)
         return payload
 

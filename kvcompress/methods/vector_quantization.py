@@ -14,7 +14,7 @@ from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.casting import cast
 from kvcompress.ops.kmeans import kmeans, lookup, nearest
 from kvcompress.ops.outliers import gather_rows, largest, put_rows
-from kvcompress.ops.packing import pack, packed_size, unpack
+from kvcompress.ops.packing import code_dtype, pack, packed_size, unpack
 from kvcompress.ops.pca import center
 
 
@@ -79,7 +79,7 @@ class VectorQuantization(Method):
             "codebook": TensorSpec((self.codebook_size, dim), spec.dtype),
             "mean": TensorSpec((heads, 1, head_dim), spec.dtype),
             "scale": TensorSpec((heads, 1, 1), "float32"),
-            "exact_index": TensorSpec((heads, kept), "int32"),
+            "exact_index": TensorSpec((heads, kept), "int32", tokens),
             "exact_value": TensorSpec((heads, kept, head_dim), spec.dtype),
         }
 
@@ -110,6 +110,10 @@ class VectorQuantization(Method):
         places = head_dim // self._dim(head_dim)
         codes = unpack(payload["codes"], self._bits, places)
         codes = xp.reshape(codes, (heads * tokens * places,))
+        if self.codebook_size < 2**self._bits:
+            TensorSpec(codes.shape, code_dtype(self._bits), self.codebook_size).check(
+                "codes", codes
+            )
         vectors = dispatch(lookup, codes, astype(payload["codebook"], "float32"))
         x = xp.reshape(vectors, spec.shape)
         x += astype(payload["mean"], "float32")

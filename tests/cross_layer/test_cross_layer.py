@@ -183,7 +183,7 @@ def test_bytes(parameters):
     (part,) = compressed.parts
     coded = sum(x.nbytes for x in part.payload.values())
     exact = sum(x.nbytes for pair in part.exact for x in pair)
-    assert compressed.nbytes == coded + exact == len(_bytes(compressed))
+    assert compressed.nbytes == coded + exact + 4 == len(_bytes(compressed)) + 4  # a checksum
     assert compressed.original_nbytes == sum(2 * x.size for x in (*keys, *values))
     method = CrossLayerTransform(parameters)
     assert coded <= method.max_nbytes(0, 2, 296)
@@ -195,7 +195,7 @@ def test_bytes(parameters):
     with pytest.raises(SettingError, match="layers"):
         compressor.estimate_size([keys[0].shape])
     assert compressed.coded_bits_per_value == pytest.approx(
-        8 * coded / (2 * 296 * GROUP.num_values)
+        8 * (coded + 4) / (2 * 296 * GROUP.num_values)
     )
     # 84 values a token here: its state and length, 6 bytes, are half a bit a value by themselves.
     overhead = 48 / GROUP.num_values
@@ -445,9 +445,36 @@ def test_damaged_payloads_are_found(parameters, name):
     (part,) = compressed.parts
     x = part.payload[name].copy()
     x.reshape(-1)[9] ^= 0xFF
-    broken = replace(compressed, parts=(replace(part, payload={**part.payload, name: x}),))
+    damaged = replace(part, payload={**part.payload, name: x})
+    with pytest.raises(CodingError, match="checksum"):
+        compressor.decompress_cache(replace(compressed, parts=(damaged,)))
+    # What has a checksum of its own, such as that of a forger, is found by the coder.
+    damaged = replace(damaged, checksum=damaged.compute_checksum())
     with pytest.raises(CodingError, match="damaged"):
-        compressor.decompress_cache(broken)
+        compressor.decompress_cache(replace(compressed, parts=(damaged,)))
+
+
+def test_every_flipped_bit_is_found(parameters):
+    """In the payload, the exact tokens and the positions, one token being kept as it is."""
+    keys, values = make(24, 6)
+    keys[1][:, :, 9] *= 1e12
+    compressor = KVCacheCompressor(CrossLayerTransform(parameters), sinks=1)
+    places = np.arange(24) + (np.arange(24) > 7)
+    compressed = compressor.compress_cache(keys, values, positions=places)
+    (part,) = compressed.parts
+    for name, x in part.payload.items():
+        for bit in range(8 * x.size):
+            y = x.copy()
+            y.reshape(-1)[bit // 8] ^= 1 << bit % 8
+            damaged = replace(part, payload={**part.payload, name: y})
+            with pytest.raises(CodingError):
+                compressor.decompress_cache(replace(compressed, parts=(damaged,)))
+    moved = replace(part, positions=part.positions + 1)
+    (k, v), *others = part.exact
+    other = replace(part, exact=((k, v + 1), *others))
+    for damaged in (moved, other, replace(part, sinks=0)):
+        with pytest.raises(CodingError):
+            compressor.decompress_cache(replace(compressed, parts=(damaged,)))
 
 
 def test_errors(parameters, statistics):
