@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from kvcompress.arrays import (
@@ -66,7 +67,9 @@ def encode(bits: float, x: Array, dispatch: Dispatcher) -> tuple[Payload, Errors
     payload = _encode(total, unit, dtype, dispatch)
     direction = _decode(total, payload, dispatch)
     gain = best_gain(*(xp.vecdot(x, direction)[..., None] for x in (unit, direction)))
-    gains = GAINS.encode(cast(norm * gain * peak, dtype=dtype), dispatch)
+    # As a root mean square: the norm of a token may exceed the largest float16.
+    size = norm * gain * (peak / math.sqrt(x.shape[-1]))
+    gains = GAINS.encode(cast(size, dtype=dtype), dispatch)
 
     def errors() -> Array:
         error = (unit - gain * direction) * norm
@@ -80,6 +83,7 @@ def decode(bits: float, payload: Payload, spec: TensorSpec, dispatch: Dispatcher
     gain = GAINS.decode(payload, TensorSpec((*spec.shape[:-1], 1), spec.dtype), dispatch)
     x = _decode(_bits(bits, spec.shape[-1]), payload, dispatch)
     x *= gain
+    x *= math.sqrt(spec.shape[-1])
     return x
 
 

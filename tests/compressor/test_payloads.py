@@ -91,7 +91,7 @@ def test_claims_of_gigabytes_are_refused(xp):
         with pytest.raises(KVCompressError):
             compressor.decompress_kv(replace(z, keys=damaged))
     for shape in ((1, 2, TOKENS + 1, DIM), (1, 3, TOKENS, DIM), (2, 2, TOKENS, DIM)):
-        with pytest.raises(PayloadError, match="make up|missing"):
+        with pytest.raises(PayloadError, match=r"make up|missing"):
             compressor.decompress_kv(replace(z, shape=(shape, z.shape[1])))
     with pytest.raises(PayloadError):
         compressor.decompress_kv(replace(z, sinks=5))
