@@ -11,7 +11,7 @@ import numpy as np
 from kvcompress.ops.affine import TINY
 from kvcompress.ops.hadamard import signs
 from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
-from kvcompress.ops.rotated import RotatedSpec
+from kvcompress.ops.rotated import FAINT, RotatedSpec
 from kvcompress_numba.arrays import NDArray, Rows, divided, empty, fold, following, rows
 from kvcompress_numba.hadamard import transform
 from kvcompress_numba.intrinsics import LANES
@@ -36,9 +36,10 @@ from kvcompress_numba.vectors import (
     store_codes,
     total,
     where_not_less,
+    without_faint,
 )
 
-_TINY, _ZERO, _ONE, _TWO = (np.float32(n) for n in (TINY, 0, 1, 2))
+_TINY, _FAINT, _ZERO, _ONE, _TWO = (np.float32(n) for n in (TINY, FAINT, 0, 1, 2))
 _CELLS, _MIDDLE = np.float32(CELLS_PER_UNIT), np.float32(LARGEST * CELLS_PER_UNIT)
 _LAST_CELL = np.float32(2 * LARGEST * CELLS_PER_UNIT - 1)
 FEW = 4
@@ -225,9 +226,12 @@ def _quantize(
             inverse = _ZERO if peak < _TINY else _ONE / peak
             y = block[r * channels : (r + 1) * channels]
             for i in range(0, vectors, LANES):
-                store(y, i, butterflies(load(flat, first + i) * splat(inverse) * load(sign, i)))
+                value = load(flat, first + i) * splat(inverse)
+                value = without_faint(value, splat(_FAINT)) * load(sign, i)
+                store(y, i, butterflies(value))
             for i in range(vectors, channels):
-                y[i] = get(flat, first + i) * inverse * sign[i]
+                number = get(flat, first + i) * inverse
+                y[i] = number * sign[i] if abs(number) >= _FAINT else _ZERO
             transform(y, channels, scale)
             peaks[r], powers[r] = peak, _dot(y, y, channels, one) / np.float32(channels)
         rms = _sqrt(load(powers, 0))

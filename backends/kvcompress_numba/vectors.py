@@ -156,6 +156,13 @@ def where_not_less(builder: Any, a: Any, b: Any, x: Any, y: Any) -> Any:
 
 
 @function(floats)
+def without_faint(builder: Any, value: Any, least: Any) -> Any:
+    """16 numbers, with 0 for those of magnitudes below `least`."""
+    size = _call(builder, "llvm.fabs.v16f32", value)
+    return builder.select(builder.fcmp_ordered(">=", size, least), value, _all(value, 0.0))
+
+
+@function(floats)
 def absolute(builder: Any, value: Any) -> Any:
     """Magnitudes of 16 numbers."""
     return _call(builder, "llvm.fabs.v16f32", value)

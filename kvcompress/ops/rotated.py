@@ -32,6 +32,9 @@ from kvcompress.ops.lloyd_max import CELLS_PER_UNIT, LARGEST, cells, levels
 from kvcompress.ops.packing import CODE_BITS, pack, packed_size, unpack
 from kvcompress.ops.registry import Rounded, operation
 
+FAINT = 2.0**-90
+"""Magnitudes over the largest of their token that count as zero."""
+
 
 @dataclass(frozen=True)
 class RotatedSpec:
@@ -99,7 +102,9 @@ def _quantize_rows(x: Array, *, spec: RotatedSpec) -> tuple[Array, Array]:
     # By the peak, so that nothing overflows, then by the root mean square.
     peak = xp.max(xp.abs(x), axis=-1, keepdims=True)
     zero = peak < TINY
-    x = hadamard(x * quotient(1.0, peak, zero), seed=spec.seed)
+    x = x * quotient(1.0, peak, zero)
+    # Where numbers cancel, these would be left, denormal: libraries differ in whether they are 0.
+    x = hadamard(xp.where(xp.abs(x) < FAINT, 0.0, x), seed=spec.seed)
     rms = _sqrt(_dot(x, x) / shape[-1])
     # Between two products, so that no compiler multiplies the factors first.
     x = xp.where(zero, 0.0, x) * quotient(1.0, rms, zero)

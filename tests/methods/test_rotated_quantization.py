@@ -181,6 +181,20 @@ def test_quantizing_the_gains_costs_next_to_nothing():
             assert 8 * nbytes / x.size == pytest.approx(bits + (8 + 2 * 16 / 32) / 64 + reference)
 
 
+def test_denormals_beside_numbers_that_cancel(xp):
+    """What libraries differ in, whether denormals are zero, changes no code."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-1, 2, (400, 8)).astype("float32")
+    faint = rng.standard_normal((400, 8)) * np.exp2(rng.integers(-149, -80, (400, 8)))
+    x = np.where(rng.random((400, 8)) < 0.5, x, faint.astype("float32"))
+    for bits in (1, 4, 8):
+        spec = RotatedSpec(bits, 0)
+        expected = quantize_rotated(x, spec=spec)
+        found = xp.run(quantize_rotated, xp.asarray(x), spec=spec)
+        for a, b in zip(found, expected, strict=True):
+            assert xp.numpy(a).tobytes() == b.tobytes()
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_large_constant_channels_of_keys_cost_the_others_nothing(xp, bits):
     """As Qwen2.5's: the error beside channels of magnitude 200 is that without them."""

@@ -56,6 +56,7 @@ KV_PAIRWISE(bfloat2_max, "max.bf16x2")
 #endif
 
 #define TINY 7.888609052210118e-31f  // 2**-100: less counts as zero
+#define FAINT 8.077935669463161e-28f  // 2**-90: less of a token's largest counts as zero
 
 struct Float16 {
     unsigned short bits;

@@ -111,7 +111,10 @@ __global__ void __launch_bounds__(THREADS, 3)
         const bool zero = peak < TINY;
         const float inverse_peak = zero ? 0.0f : __frcp_rn(peak);
 #pragma unroll
-        for (int i = 0; i < HELD; ++i) y[i] = __fmul_rn(y[i], inverse_peak);
+        for (int i = 0; i < HELD; ++i) {
+            y[i] = __fmul_rn(y[i], inverse_peak);
+            y[i] = fabsf(y[i]) < FAINT ? 0.0f : y[i];
+        }
         R::transform(y, lane);
 
         unsigned energy = 0u - HELD * D::SHIFT_BITS;
