@@ -8,6 +8,8 @@ from collections.abc import Collection
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 
 class KVCompressError(Exception):
     """Base of every error raised on purpose by kvcompress."""
@@ -150,7 +152,7 @@ def normalize(settings: Any, **plain: Any) -> None:
 
 def _number(value: Any) -> int | float | None:
     """Python's number for one of Python or NumPy; None for booleans and all that is no number."""
-    if isinstance(value, bool):
+    if isinstance(value, bool | np.bool_):
         return None
     try:
         return operator.index(value)
