@@ -48,6 +48,16 @@ class CalibrationError(KVCompressError, ValueError):
     """A calibration is missing, too small, or not the one needed, or a file is damaged."""
 
 
+class FileError(KVCompressError, OSError):
+    """A file cannot be read or written: it is missing, not permitted, or the disk is full.
+
+    A file that can be read but holds something else raises `CalibrationError`.
+    """
+
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
+
+
 class CodingError(KVCompressError, ValueError):
     """An entropy-coded payload is damaged and cannot be decoded."""
 
