@@ -45,7 +45,10 @@ class LayoutError(KVCompressError, ValueError):
 
 
 class CalibrationError(KVCompressError, ValueError):
-    """A calibration is missing, too small, or not the one needed, or a file is damaged."""
+    """A calibration is missing, too small, or not the one needed.
+
+    Also: a file is of another format, or damaged, or statistics cannot be trained on.
+    """
 
 
 class FileError(KVCompressError, OSError):

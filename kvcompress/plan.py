@@ -176,18 +176,20 @@ def _compressor(
 ) -> KVCacheCompressor:
     bits = settings.number("bits", LEAST, MOST)
     parameters = LayerParameters.of(bits, arrays)
-    exact, scope = settings.number("exact", 0, 1), settings.choice("scope", "head", "layer")
+    exact = settings.number("exact", 0, 1)
+    scope: Any = settings.choice("scope", "head", "layer")
     heads, units = len(parameters.log_norm), len(parameters.keys.forward)
     wanted = heads if scope == "head" else 1
     require(units == wanted, f"scope {scope!r} has {wanted} bases of {heads} heads, got {units}")
     method = TransformCoding(bits, parameters, exact, scope)
     options = settings.object("options", *_SAVED)
+    nonfinite: Any = options.choice("nonfinite", "raise", "saturate")
     return KVCacheCompressor(
         method,
         backend=backend,
         sinks=options.integer("sinks", 0, 1 << 31),
         window=options.integer("window", 0, 1 << 31),
-        nonfinite=options.choice("nonfinite", "raise", "saturate"),
+        nonfinite=nonfinite,
     )
 
 

@@ -17,7 +17,8 @@ def digest(arrays: Mapping[str, HostArray]) -> str:
     for name, x in sorted(arrays.items()):
         sha.update(f"{name} {x.dtype.str} {x.shape}".encode())
         # Not of a copy of all of it, which may be large.
-        sha.update(np.ascontiguousarray(x).reshape(-1).view(np.uint8))
+        whole: Any = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+        sha.update(whole)
     return sha.hexdigest()
 
 

@@ -67,13 +67,17 @@ def check_sums(arrays: Mapping[str, HostArray], rows: int, where: str) -> None:
         f"array {where}key_rows must have {wanted} rows, of {tokens:.0f} tokens, "
         f"got {sizes['rows']}",
     )
-    require(bool(np.all(nonzero <= tokens)), f"array {where}nonzero exceeds the {tokens:.0f} tokens")
+    require(
+        bool(np.all(nonzero <= tokens)), f"array {where}nonzero exceeds the {tokens:.0f} tokens"
+    )
     limit = nonzero * 128.0
     require(
         bool(np.all(np.abs(arrays["log_norm_sum"]) <= limit)),
         f"array {where}log_norm_sum must be of norms from 2**-128 to 2**128",
     )
-    _check_spread(f"{where}key", arrays["key_sum"], arrays["key_moment"], np.full_like(nonzero, tokens))
+    _check_spread(
+        f"{where}key", arrays["key_sum"], arrays["key_moment"], np.full_like(nonzero, tokens)
+    )
     _check_spread(f"{where}value", arrays["value_sum"], arrays["value_moment"], nonzero)
     moment = arrays["query_moment"]
     if not arrays["queries"]:
@@ -110,7 +114,9 @@ def check_parameters(arrays: Mapping[str, HostArray], where: str = "") -> None:
         books[role] = [f"{lead}{i}" for i in range(count)]
         rules |= {
             f"{role}.forward": ArrayRule(("units", f"{role}_dim", f"{role}_components"), "float32"),
-            f"{role}.backward": ArrayRule(("units", f"{role}_components", f"{role}_dim"), "float32"),
+            f"{role}.backward": ArrayRule(
+                ("units", f"{role}_components", f"{role}_dim"), "float32"
+            ),
             f"{role}.offset": ArrayRule(("units", 1, f"{role}_dim"), "float32"),
             **{name: ArrayRule(("units", 256, f"{name}_dim"), "float32") for name in books[role]},
         }

@@ -96,7 +96,9 @@ def check_statistics(
         require(told, f"array {name} must be zero, as no gradients were seen")
     moments = [x for layer in split_matrices(group, arrays["gradients"]) for x in layer]
     for x in moments:
-        check_arrays({"gradients": x}, {"gradients": ArrayRule(x.shape, "float64", moments=True)}, {})
+        check_arrays(
+            {"gradients": x}, {"gradients": ArrayRule(x.shape, "float64", moments=True)}, {}
+        )
     _check_embeddings(group)
 
 
@@ -134,5 +136,5 @@ def check_parameters(group: LayerGroup, arrays: Mapping[str, HostArray]) -> None
 
 def _check_embeddings(group: LayerGroup) -> None:
     """Check that rotary embeddings are finite, now that their sizes are those of arrays."""
-    for rope in {shape.rope for shape in group.shapes} - {None}:
+    for rope in {shape.rope for shape in group.shapes if shape.rope is not None}:
         rope.check_finite(frequency=_FREQUENCY, magnitude=_MAGNITUDE)

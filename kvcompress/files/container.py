@@ -133,9 +133,7 @@ def load_arrays(path: str | PathLike[str], *, form: str) -> tuple[dict[str, Host
         if len(text) > FACTS:
             raise CalibrationError(f"facts may have {FACTS} characters, got {len(text)}")
         facts = parse_json(text)
-        arrays = {
-            name: _read(file, dtype, shape) for name, dtype, shape in _placed(entries, size)
-        }
+        arrays = {name: _read(file, dtype, shape) for name, dtype, shape in _placed(entries, size)}
     if metadata["sha256"] != _checksum(arrays, form, text):
         raise CalibrationError("its checksum is not that of its contents")
     return arrays, facts
@@ -292,7 +290,8 @@ def _read(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> HostArray:
 
 def _bytes(x: HostArray) -> memoryview:
     """Return the memory of a contiguous array."""
-    return memoryview(x.reshape(-1).view(np.uint8))
+    whole: Any = x.reshape(-1).view(np.uint8)
+    return memoryview(whole)
 
 
 def _mode(target: Path) -> int | None:

@@ -13,8 +13,8 @@ import os
 import sys
 import tempfile
 import time
-import tracemalloc
 import traceback
+import tracemalloc
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -23,10 +23,10 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-
 from fuzz.container import File
 from fuzz.formats import Format, draw, formats
 from fuzz.mutations import mutate, one
+
 from kvcompress.errors import CalibrationError, KVCompressError
 
 SECONDS = 1.0

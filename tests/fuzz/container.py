@@ -77,7 +77,9 @@ class File:
         sha = hashlib.sha256()
         for name, (dtype, shape, data) in sorted(self.arrays.items()):
             form = np.dtype(DTYPES[dtype]).str if dtype in DTYPES else dtype
-            sha.update(f"{name} {form} {tuple(shape) if isinstance(shape, list) else shape}".encode())
+            sha.update(
+                f"{name} {form} {tuple(shape) if isinstance(shape, list) else shape}".encode()
+            )
             sha.update(data)
         whole = hashlib.sha256()
         for part in (str(self.metadata.get("format")), self.text, sha.hexdigest()):

@@ -120,7 +120,8 @@ def use_cross_layer(known: CrossLayerCalibration, k, v) -> Iterator[np.ndarray]:
 def _fit(arrays, shapes) -> list[np.ndarray]:
     """Arrays of so many heads and channels, from the numbers of some."""
     return [
-        np.resize(x, (1, heads, x.shape[2], dim)) for x, (heads, dim) in zip(arrays, shapes, strict=True)
+        np.resize(x, (1, heads, x.shape[2], dim))
+        for x, (heads, dim) in zip(arrays, shapes, strict=True)
     ]
 
 

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-
 from fuzz.container import DTYPES, File
 
 Random = np.random.Generator
@@ -17,7 +16,21 @@ SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 1e-310, 1e-45, 6
 SPECIAL += (3e38, -3e38, 65504.0, -65504.0, 2.0**15, 2.0**31, 2.0**53, 2.0**63, 0.5, 256.0, 1e-3)
 
 JUNK = (None, True, False, -1, 0, 1, 2, 255, 2**31, 2**63, 10**39, -(10**39), 10**60, 0.5, 1e-300)
-JUNK += (1e308, -1.5, "", "0", "x" * 300, "\ud800", [], {}, [[]], {"": 0}, [None], [1, 2, 3], "head")
+JUNK += (
+    1e308,
+    -1.5,
+    "",
+    "0",
+    "x" * 300,
+    "\ud800",
+    [],
+    {},
+    [[]],
+    {"": 0},
+    [None],
+    [1, 2, 3],
+    "head",
+)
 JUNK += (1e-30, 1e30, 1.0000000000000002, 64, 3)
 
 SCALINGS = {
@@ -167,7 +180,7 @@ def shape(file: File, rng: Random) -> None:
     name = one(rng, file.arrays or [""])
     if name == "":
         return
-    dtype, sizes, data = file.arrays[name]
+    _, sizes, data = file.arrays[name]
     kind = int(rng.integers(7))
     if kind == 0:
         file.arrays[name][0] = one(rng, [*DTYPES, "BF16", "F8_E4M3", "C64", "F4", "Z", 3, None])
@@ -198,7 +211,9 @@ def shape(file: File, rng: Random) -> None:
 def _places(value, path=()):
     """Paths to everything in a value of JSON."""
     yield path
-    for key in value if isinstance(value, dict) else range(len(value) if type(value) is list else 0):
+    for key in (
+        value if isinstance(value, dict) else range(len(value) if type(value) is list else 0)
+    ):
         yield from _places(value[key], (*path, key))
 
 
