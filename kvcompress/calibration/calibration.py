@@ -290,7 +290,7 @@ def _merge(
 
 def _moment(x: HostArray) -> HostArray:
     """Sum of the outer products of tokens, all heads side by side, of ``[heads, tokens, dim]``."""
-    flat = np.swapaxes(x, 0, 1).reshape(x.shape[1], -1)
+    flat = np.swapaxes(x, 0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])
     moment: HostArray = flat.T @ flat
     return moment
 

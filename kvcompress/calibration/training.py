@@ -115,13 +115,14 @@ def code_bytes(statistics: LayerStatistics, bits: float, scope: Scope) -> tuple[
 def train(statistics: LayerStatistics, bits: float, scope: Scope) -> LayerParameters:
     """Train the bases and codebooks of a layer, to spend `bits` per value over keys and values."""
     key_bytes, value_bytes = code_bytes(statistics, bits, scope)
-    parameters = LayerParameters(
-        bits,
-        train_role(key_bases(statistics, scope), statistics.key_rows, key_bytes),
-        train_role(value_bases(statistics, scope), statistics.value_rows, value_bytes),
-        statistics.value_log_norm.astype(np.float32),
-    )
     # Statistics may be of numbers that float32 cannot carry.
+    with np.errstate(over="ignore", invalid="ignore"):
+        parameters = LayerParameters(
+            bits,
+            train_role(key_bases(statistics, scope), statistics.key_rows, key_bytes),
+            train_role(value_bases(statistics, scope), statistics.value_rows, value_bytes),
+            statistics.value_log_norm.astype(np.float32),
+        )
     check_parameters(parameters.arrays)
     return parameters
 

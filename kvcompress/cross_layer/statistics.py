@@ -104,7 +104,8 @@ class LayerGroupStatistics:
         weights = np.zeros((0, self.group.width), np.float32)
         if dks:
             v, dk, dv = ([x[:, :, cut] for x in xs] for xs in (vs, dks, dvs))
-            weights = self.group.join_gradients(v, dk, dv, place[cut])
+            with np.errstate(over="ignore", invalid="ignore"):
+                weights = self.group.join_gradients(v, dk, dv, place[cut])
         for name, x in (("keys and values", rows), ("gradients", weights)):
             if not np.max(np.abs(x), initial=0) <= _LARGEST:
                 raise NonFiniteError(
@@ -226,6 +227,8 @@ class LayerGroupStatistics:
         rows, heads = rows[told], self.group.heads(gradients[told])
         power = np.concatenate([np.sum(x * x, axis=2) for x in heads], axis=1)
         usual = power.mean(0)
+        if not np.any(usual):  # squares are smaller than float32 can tell from zero
+            return
         energy = np.mean(power[:, usual > 0] / usual[usual > 0], axis=1)
         logs = np.log2(np.maximum(energy, _FAINTEST))
         self.weighed += len(rows)

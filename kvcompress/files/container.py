@@ -127,8 +127,11 @@ def load_arrays(path: str | PathLike[str], *, form: str) -> tuple[dict[str, Host
     """
     with _open(path) as file:
         entries, metadata, size = _read_header(file)
-        if metadata["format"] != form:
-            raise CalibrationError(f"its format is {shown(metadata['format'])}, expected {form!r}")
+        if metadata.get("format") != form:
+            found = shown(metadata.get("format"))
+            raise CalibrationError(f"its format is {found}, expected {form!r}")
+        if set(metadata) != {"format", "facts", "sha256"}:
+            raise CalibrationError("its metadata are not a format, facts and a checksum")
         text = metadata["facts"]
         if len(text) > FACTS:
             raise CalibrationError(f"facts may have {FACTS} characters, got {len(text)}")
@@ -149,7 +152,7 @@ def format_of(path: str | PathLike[str]) -> str | None:
     """
     try:
         with _open(path) as file:
-            return _read_header(file)[1]["format"]
+            return _read_header(file)[1].get("format")
     except CalibrationError:
         return None
 
@@ -237,12 +240,10 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], int]:
     except UnicodeDecodeError as error:
         raise CalibrationError(f"its header is no text: {error.reason}") from error
     metadata = entries.pop(_METADATA, None) if isinstance(entries, dict) else None
-    if (
-        not isinstance(metadata, dict)
-        or set(metadata) != {"format", "facts", "sha256"}
-        or not all(isinstance(value, str) for value in metadata.values())
-    ):
-        raise CalibrationError("its metadata are not a format, facts and a checksum")
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise CalibrationError("its metadata are not strings by name")
     return entries, metadata, size - 8 - length
 
 

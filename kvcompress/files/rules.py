@@ -153,9 +153,10 @@ def _check_values(name: str, x: HostArray, rule: ArrayRule) -> None:
 def _check_moments(name: str, x: HostArray) -> None:
     diagonal = np.diagonal(x).astype(np.float64)
     require(bool(np.all(diagonal >= 0)), f"{name} has {diagonal.min():g} on its diagonal")
-    root = np.sqrt(diagonal)
+    # Squares of the smallest numbers vanish, their products with others do not.
+    root = np.sqrt(diagonal + float(np.finfo(x.dtype).tiny) * 2**20)
     for rows in _blocks(len(x)):
-        block, limit = x[rows], root[rows, None] * root + 1e-37
+        block, limit = x[rows], root[rows, None] * root
         fits = np.abs(block) <= (1 + _SLACK) * limit
         fits &= np.abs(block - x[:, rows].T) <= _SLACK * limit
         if not fits.all():
