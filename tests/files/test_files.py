@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -20,6 +21,7 @@ from hypothesis.extra import numpy as hnp
 from kvcompress.arrays import digest
 from kvcompress.errors import CalibrationError, FileError, KVCompressError
 from kvcompress.files import format_of, load_arrays, save_arrays
+from kvcompress.files.container import FACTS
 from kvcompress.files.facts import CONTAINERS, DEPTH, DIGITS, parse_json
 
 FORMATS = formats()
@@ -138,6 +140,21 @@ def test_flipped_bits_and_truncations_of_formats_are_found(form, tmp_path):
 def test_json_has_limits(text, match):
     with pytest.raises(CalibrationError, match=match):
         parse_json(text)
+
+
+@pytest.mark.parametrize("part", ["[],", "x", '\\"', "\\u0000", '{"a":0},', "0,"])
+def test_json_takes_little_memory(part):
+    """Of a text as long as facts may be; in a string, as in a header, and by itself."""
+    import tracemalloc
+
+    text = part * (FACTS // len(part))
+    for whole in (f'[[[[[{"[" * DEPTH}"{text}"', json.dumps({"[" * 50: text}), f"[{text}0]"):
+        tracemalloc.start()
+        with contextlib.suppress(CalibrationError):
+            parse_json(whole)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 64 << 20
 
 
 @given(values)
