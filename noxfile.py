@@ -143,6 +143,17 @@ def kernels(session: nox.Session) -> None:
 
 
 @nox.session(python=OLDEST)
+def fuzz(session: nox.Session) -> None:
+    """Mutated files of all formats are refused, or what they hold works: 20,000 of them.
+
+    ``nox -s fuzz -- 1000000`` tries a million, ``-- 1000000 --seed 1`` another million.
+    """
+    session.install("-e", ".[test]")
+    env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": "tests"}
+    session.run("python", "-m", "fuzz", *session.posargs, env=env)
+
+
+@nox.session(python=OLDEST)
 def docs(session: nox.Session) -> None:
     """Build the documentation; run every code block in README.md and docs/."""
     session.install("-e", ".[test,docs]", *INSTALL["jax"], *INSTALL["torch"])

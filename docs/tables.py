@@ -22,7 +22,7 @@ PACKAGES = {
     "arrays": "namespaces, dtypes, devices, transfer, pytrees, and primitives that libraries lack",
     "ops": "the operations: pure functions over an array namespace",
     "rope": "rotary embeddings, applied and undone; their parameters from a model's configuration",
-    "files": "safetensors files with JSON metadata",
+    "files": "safetensors files with JSON metadata; the one reader that checks them",
     "backend": "the `Backend` protocol, the table of backends, the `Dispatcher`",
     "entropy": "range asymmetric numeral systems (rANS), streams, the model of coefficients",
     "calibration": "statistics of a model per layer; bases and codebooks trained on them",

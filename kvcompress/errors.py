@@ -47,7 +47,20 @@ class LayoutError(KVCompressError, ValueError):
 
 
 class CalibrationError(KVCompressError, ValueError):
-    """A calibration is missing, too small, or not the one needed, or a file is damaged."""
+    """A calibration is missing, too small, or not the one needed.
+
+    Also: a file is of another format, or damaged, or statistics cannot be trained on.
+    """
+
+
+class FileError(KVCompressError, OSError):
+    """A file cannot be read or written: it is missing, not permitted, or the disk is full.
+
+    A file that can be read but holds something else raises `CalibrationError`.
+    """
+
+    def __str__(self) -> str:
+        return self.strerror or super().__str__()
 
 
 class CodingError(KVCompressError, ValueError):

@@ -20,18 +20,28 @@ from kvcompress.compressor.cache import CacheCodec
 from kvcompress.compressor.compressor import KVCacheCompressor
 from kvcompress.errors import (
     CalibrationError,
-    KVCompressError,
     SettingError,
     UnknownLayer,
     check_fraction,
 )
-from kvcompress.files import flatten, load_arrays, save_arrays, unflatten
+from kvcompress.files import (
+    Facts,
+    flatten,
+    load_arrays,
+    reading,
+    require,
+    save_arrays,
+    unflatten,
+)
+from kvcompress.files.facts import layer_number
 from kvcompress.methods.transform_coding import EXACT, LEAST, MOST, TransformCoding
 
-FORMAT = "kvcompress.plan.2"
+FORMAT = "kvcompress.plan.3"
 
 _SAVED = ("sinks", "window", "nonfinite")
 """Options of a compressor that belong to the plan, and not to the machine."""
+
+_SETTINGS = ("bits", "exact", "scope")
 
 
 class Plan(Mapping[int, KVCacheCompressor]):
@@ -107,7 +117,15 @@ class Plan(Mapping[int, KVCacheCompressor]):
         return CacheCodec(lambda i: compressors[i].layer_codec(select(compressors[i].backend)))
 
     def save(self, path: str | PathLike[str], /) -> None:
-        """Write a safetensors file: bases, codebooks and settings, but no statistics."""
+        """Write a safetensors file: bases, codebooks and settings, but no statistics.
+
+        Raises
+        ------
+        FileError
+            If it cannot be written.
+        CalibrationError
+            If a layer has no calibration.
+        """
         arrays: dict[int, Mapping[str, HostArray]] = {}
         layers: dict[str, Any] = {}
         for layer, compressor in self.items():
@@ -116,7 +134,7 @@ class Plan(Mapping[int, KVCacheCompressor]):
                 raise CalibrationError(f"layer {layer} has no calibration, so nothing to save")
             arrays[layer] = method.parameters.arrays
             options = {name: getattr(compressor, name) for name in _SAVED}
-            settings = {"bits": method.bits, "exact": method.exact, "scope": method.scope}
+            settings = {name: getattr(method, name) for name in _SETTINGS}
             layers[str(layer)] = {**settings, "options": options}
         save_arrays(path, flatten(arrays), form=FORMAT, facts={"layers": layers})
 
@@ -132,27 +150,47 @@ class Plan(Mapping[int, KVCacheCompressor]):
 
         Raises
         ------
+        FileError
+            If there is no such file, or it cannot be read.
         CalibrationError
-            If it is not such a file.
+            If it is not such a file, or damaged.
         """
-        arrays, facts = load_arrays(path, form=FORMAT, kind="a plan")
-        known = unflatten(arrays)
-        try:
-            layers = facts["layers"]
-            return cls({int(i): _compressor(x, known[i], backend) for i, x in layers.items()})
-        except CalibrationError:
-            raise
-        except (KVCompressError, KeyError, ValueError, TypeError) as error:
-            raise CalibrationError(f"{path} is not a plan, or damaged: {error}") from error
+        with reading(path, "a plan"):
+            arrays, held = load_arrays(path, form=FORMAT)
+            layers = Facts(held, "facts", "layers").object("layers")
+            known, settings = unflatten(arrays), dict(layers.items(*_SETTINGS, "options"))
+            require(
+                set(known) == set(settings),
+                f"settings must be those of layers {list(known)}, got {list(settings)}",
+            )
+            return cls(
+                {
+                    layer_number(name): _compressor(settings[name], of_layer, backend)
+                    for name, of_layer in known.items()
+                }
+            )
 
 
 def _compressor(
-    settings: Mapping[str, Any], arrays: Mapping[str, HostArray], backend: str | None
+    settings: Facts, arrays: Mapping[str, HostArray], backend: str | None
 ) -> KVCacheCompressor:
-    bits = settings["bits"]
+    bits = settings.number("bits", LEAST, MOST)
     parameters = LayerParameters.of(bits, arrays)
-    method = TransformCoding(bits, parameters, settings["exact"], settings["scope"])
-    return KVCacheCompressor(method, backend=backend, **settings["options"])
+    exact = settings.number("exact", 0, 1)
+    scope: Any = settings.choice("scope", "head", "layer")
+    heads, units = len(parameters.log_norm), len(parameters.keys.forward)
+    wanted = heads if scope == "head" else 1
+    require(units == wanted, f"scope {scope!r} has {wanted} bases of {heads} heads, got {units}")
+    method = TransformCoding(bits, parameters, exact, scope)
+    options = settings.object("options", *_SAVED)
+    nonfinite: Any = options.choice("nonfinite", "raise", "saturate")
+    return KVCacheCompressor(
+        method,
+        backend=backend,
+        sinks=options.integer("sinks", 0, 1 << 31),
+        window=options.integer("window", 0, 1 << 31),
+        nonfinite=nonfinite,
+    )
 
 
 def plan(
@@ -197,6 +235,7 @@ def plan(
     check_fraction("exact", exact)
     statistics = {layer: calibration[layer] for layer in calibration.layers}
     values = sum(s.key_mean.size + s.value_mean.size for s in statistics.values())
+    require(values > 0, "the calibration has seen no layer, and so there is none to plan for")
     if budget_bytes is not None and tokens is not None and bits is None:
         bits = 8 * budget_bytes / (tokens * values)
     elif bits is None or budget_bytes is not None or tokens is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kvcompress.arrays import (
+    FLOAT16_MAX,
     FLOATING,
     Array,
     HostArray,
@@ -17,6 +18,7 @@ from kvcompress.arrays import (
     dtype_name,
     to_host,
 )
+from kvcompress.calibration.format import check_sums
 from kvcompress.calibration.statistics import LayerStatistics
 from kvcompress.errors import (
     CalibrationError,
@@ -26,9 +28,10 @@ from kvcompress.errors import (
     UnknownLayer,
     check_integer,
 )
-from kvcompress.files import flatten, load_arrays, save_arrays, unflatten
+from kvcompress.files import Facts, flatten, load_arrays, reading, save_arrays, unflatten
+from kvcompress.files.facts import layer_number
 
-FORMAT = "kvcompress.calibration.2"
+FORMAT = "kvcompress.calibration.3"
 
 _TINY = 1e-30
 
@@ -123,7 +126,7 @@ class Calibration:
             "log_norm_sum": logs.sum(1),
             "query_moment": np.swapaxes(queries, 1, 2) @ queries,
             "tags": np.random.default_rng((self.seed, layer, self._seen(layer))).random(tokens),
-            "key_rows": keys.astype(np.float16),
+            "key_rows": np.clip(keys, -FLOAT16_MAX, FLOAT16_MAX).astype(np.float16),
             "value_rows": unit.astype(np.float16),
         }
         self._layers[layer] = _merge(self._layers.get(layer), new, self.rows)
@@ -187,7 +190,15 @@ class Calibration:
         )
 
     def save(self, path: str | PathLike[str], /) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file, wholly or not at all.
+
+        Raises
+        ------
+        FileError
+            If it cannot be written.
+        CalibrationError
+            If JSON cannot hold the provenance.
+        """
         settings = {"rows": self.rows, "skip": self.skip, "seed": self.seed}
         facts = {"settings": settings, "provenance": self.provenance}
         save_arrays(path, flatten(self._layers), form=FORMAT, facts=facts)
@@ -198,17 +209,19 @@ class Calibration:
 
         Raises
         ------
+        FileError
+            If there is no such file, or it cannot be read.
         CalibrationError
-            If it is not such a file.
+            If it is not such a file, or damaged.
         """
-        arrays, facts = load_arrays(path, form=FORMAT, kind="a calibration")
-        layers = unflatten(arrays)
-        try:
-            calibration = cls(**facts["settings"])
-            calibration.provenance = facts["provenance"]
-            calibration._layers = {int(i): layers[i] for i in sorted(layers, key=int)}
-        except (KeyError, ValueError, TypeError) as error:
-            raise CalibrationError(f"{path} is not a calibration, or damaged: {error}") from error
+        with reading(path, "a calibration"):
+            arrays, held = load_arrays(path, form=FORMAT)
+            facts = Facts(held, "facts", "settings", "provenance")
+            calibration = cls(**facts.object("settings", "rows", "skip", "seed").plain)
+            calibration.provenance = facts.object("provenance").plain
+            for name, sums in unflatten(arrays).items():
+                check_sums(sums, calibration.rows, f"{name}.")
+                calibration._layers[layer_number(name)] = sums
         return calibration
 
     def _seen(self, layer: int) -> int:
@@ -279,7 +292,7 @@ def _merge(
 
 def _moment(x: HostArray) -> HostArray:
     """Sum of the outer products of tokens, all heads side by side, of ``[heads, tokens, dim]``."""
-    flat = np.swapaxes(x, 0, 1).reshape(x.shape[1], -1)
+    flat = np.swapaxes(x, 0, 1).reshape(x.shape[1], x.shape[0] * x.shape[2])
     moment: HostArray = flat.T @ flat
     return moment
 

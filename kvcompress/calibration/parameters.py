@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kvcompress.arrays import HostArray, digest
+from kvcompress.calibration.format import check_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +76,13 @@ class LayerParameters:
 
     @classmethod
     def of(cls, bits: float, arrays: Mapping[str, HostArray]) -> LayerParameters:
-        """Undo `arrays`."""
+        """Undo `arrays`.
+
+        Raises
+        ------
+        CalibrationError
+            If they are not such arrays, or restore numbers that are not finite.
+        """
 
         def part(role: str) -> RoleParameters:
             lead = f"{role}."
@@ -83,6 +90,7 @@ class LayerParameters:
                 {n.removeprefix(lead): x for n, x in arrays.items() if n.startswith(lead)}
             )
 
+        check_parameters(arrays)
         return cls(bits, part("keys"), part("values"), arrays["log_norm"])
 
     @cached_property

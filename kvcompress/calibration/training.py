@@ -10,6 +10,7 @@ import numpy as np
 
 from kvcompress.arrays import HostArray, bisect
 from kvcompress.calibration.codebooks import train_codebooks
+from kvcompress.calibration.format import check_parameters
 from kvcompress.calibration.parameters import LayerParameters, RoleParameters
 from kvcompress.calibration.statistics import LayerStatistics
 
@@ -114,12 +115,16 @@ def code_bytes(statistics: LayerStatistics, bits: float, scope: Scope) -> tuple[
 def train(statistics: LayerStatistics, bits: float, scope: Scope) -> LayerParameters:
     """Train the bases and codebooks of a layer, to spend `bits` per value over keys and values."""
     key_bytes, value_bytes = code_bytes(statistics, bits, scope)
-    return LayerParameters(
-        bits,
-        train_role(key_bases(statistics, scope), statistics.key_rows, key_bytes),
-        train_role(value_bases(statistics, scope), statistics.value_rows, value_bytes),
-        statistics.value_log_norm.astype(np.float32),
-    )
+    # Statistics may be of numbers that float32 cannot carry.
+    with np.errstate(over="ignore", invalid="ignore"):
+        parameters = LayerParameters(
+            bits,
+            train_role(key_bases(statistics, scope), statistics.key_rows, key_bytes),
+            train_role(value_bases(statistics, scope), statistics.value_rows, value_bytes),
+            statistics.value_log_norm.astype(np.float32),
+        )
+    check_parameters(parameters.arrays)
+    return parameters
 
 
 def train_role(bases: Bases, rows: HostArray, count: int) -> RoleParameters:
@@ -177,6 +182,6 @@ def even_groups(bits: HostArray, count: int) -> list[HostArray]:
 
 def _positive(variances: HostArray) -> HostArray:
     """Variances without the zeros, or less, that rounding leaves."""
-    floor = 1e-9 * np.max(variances, axis=-1, keepdims=True) + 1e-30
+    floor = 1e-9 * np.max(variances, axis=-1, keepdims=True, initial=0) + 1e-30
     positive: HostArray = np.maximum(variances, floor)
     return positive

@@ -182,13 +182,6 @@ def _run(
                 calibration.update(layer, k, v, q)
         calibration.provenance["sequences"] += 1
         if time.monotonic() - saved > SAVE_EVERY:
-            _save(calibration, output)
+            calibration.save(output)
             saved = time.monotonic()
-    _save(calibration, output)
-
-
-def _save(calibration: Calibration | CrossLayerCalibration, output: Path) -> None:
-    try:
-        calibration.save(output)
-    except OSError as error:
-        raise InputError(f"{output}: {error.strerror or error}") from error
+    calibration.save(output)

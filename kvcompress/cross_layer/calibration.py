@@ -13,10 +13,18 @@ from kvcompress.cross_layer.layer_group import LayerGroup
 from kvcompress.cross_layer.statistics import ROWS, LayerGroupStatistics
 from kvcompress.cross_layer.training import LayerGroupBasis, fit_basis, train_layer_groups
 from kvcompress.cross_layer.transform import CrossLayerTransform
-from kvcompress.errors import CalibrationError, KVCompressError, SettingError, UnknownLayer
-from kvcompress.files import flatten, load_arrays, save_arrays, unflatten
+from kvcompress.errors import SettingError, UnknownLayer
+from kvcompress.files import (
+    Facts,
+    flatten,
+    load_arrays,
+    reading,
+    require,
+    save_arrays,
+    unflatten,
+)
 
-FORMAT = "kvcompress.cross-layer-calibration.3"
+FORMAT = "kvcompress.cross-layer-calibration.4"
 
 MAX_WIDTH = 12288
 """Default for the most numbers of a token in one layer group: 600 MB of covariance."""
@@ -159,7 +167,15 @@ class CrossLayerCalibration:
         return CrossLayerTransform(train_layer_groups(self.statistics, bits, bases))
 
     def save(self, path: str | PathLike[str], /) -> None:
-        """Write a safetensors file."""
+        """Write a safetensors file, wholly or not at all.
+
+        Raises
+        ------
+        FileError
+            If it cannot be written.
+        CalibrationError
+            If JSON cannot hold the provenance.
+        """
         facts = {"groups": [s.facts for s in self.statistics], "provenance": self.provenance}
         save_arrays(path, self._arrays, form=FORMAT, facts=facts)
 
@@ -169,21 +185,27 @@ class CrossLayerCalibration:
 
         Raises
         ------
+        FileError
+            If there is no such file, or it cannot be read.
         CalibrationError
-            If it is not such a file.
+            If it is not such a file, or damaged.
         """
-        kind = "a calibration of layer groups"
-        arrays, facts = load_arrays(path, form=FORMAT, kind=kind)
-        try:
+        with reading(path, "a calibration of layer groups"):
+            arrays, held = load_arrays(path, form=FORMAT)
+            facts, known = Facts(held, "facts", "groups", "provenance"), unflatten(arrays)
+            groups = facts.objects("groups", "group", "settings", "tokens", "weighed")
+            require(
+                set(known) == {str(i) for i in range(len(groups))},
+                f"there must be arrays of {len(groups)} groups, got {list(known)}",
+            )
             calibration = cls(())
-            calibration.provenance = facts["provenance"]
-            known = unflatten(arrays)
+            calibration.provenance = facts.object("provenance").plain
             calibration.statistics = tuple(
                 LayerGroupStatistics.of(of_group, known[str(i)])
-                for i, of_group in enumerate(facts["groups"])
+                for i, of_group in enumerate(groups)
             )
-        except (KVCompressError, KeyError, ValueError, TypeError) as error:
-            raise CalibrationError(f"{path} is not {kind}, or damaged: {error}") from error
+            layers = [i for s in calibration.statistics for i in s.group.layers]
+            require(len(set(layers)) == len(layers), f"a layer is in two groups: {layers}")
         return calibration
 
     @property

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Self
+from typing import Any
 
 from kvcompress.arrays import FLOATING, Array, array_namespace, astype, dtype_name
 from kvcompress.errors import DTypeError, SettingError, ShapeError, check_integer, normalize
@@ -16,6 +16,9 @@ TINY = 2.0**-16
 
 _LOG_TINY = -16.0
 _LN2 = 0.6931471805599453
+
+_LARGEST = 2.0**127
+"""Values are restored to at most this, whatever their norms: float32 holds it."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,9 @@ class LayerShape:
         return sum(heads * dim for heads, dim in self.groups)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the layer as values that JSON can carry; `from_dict` undoes it."""
+        """Return the layer as values that JSON can carry."""
         rope = None if self.rope is None else self.rope.to_dict()
         return {**asdict(self), "rope": rope}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Undo `to_dict`; what does not fit raises whatever Python raises."""
-        rope = values["rope"]
-        return cls(**{**values, "rope": None if rope is None else RoPE.from_dict(rope)})
 
 
 @dataclass(frozen=True)
@@ -110,13 +107,8 @@ class LayerGroup:
         return tuple(slice(start, end) for start, end in pairwise(ends))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the group as values that JSON can carry; `from_dict` undoes it."""
+        """Return the group as values that JSON can carry; `read_group` undoes it."""
         return {"layers": list(self.layers), "shapes": [shape.to_dict() for shape in self.shapes]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Undo `to_dict`; what does not fit raises whatever Python raises."""
-        return cls(tuple(values["layers"]), tuple(map(LayerShape.from_dict, values["shapes"])))
 
     def heads(self, rows: Array) -> list[Array]:
         """Rows by layer, group and head: arrays ``[rows, heads, dim]``, of three groups a layer."""
@@ -247,7 +239,8 @@ class LayerGroup:
         log = _heads(rows[:, end:], batch, tokens, shape.heads)
         if shape.rope is not None:
             k = shape.rope.apply(k, positions, seq_len=seq_len)
-        return k, v * xp.exp(_LN2 * xp.clip(log, -126.0, 126.0))
+        v = v * xp.exp(_LN2 * xp.clip(log, -126.0, 126.0))
+        return k, xp.clip(v, -_LARGEST, _LARGEST)
 
 
 def _unit(v: Array) -> tuple[Array, Array]:

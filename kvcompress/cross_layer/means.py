@@ -41,7 +41,7 @@ def _sum(z: Array, most: float) -> tuple[HostArray, int, float]:
     power = to_host(xp.vecdot(z, z))
     if most < 0:
         most = _FAR * float(np.median(power))
-    keep = power <= most
+    keep = (power <= most) & np.isfinite(power)
     if not keep.all():
         z = xp.where(xp.asarray(keep[:, None], device=device(z)), z, 0.0)
     return to_host(xp.sum(z, axis=0)), int(keep.sum()), most

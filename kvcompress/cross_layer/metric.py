@@ -17,6 +17,9 @@ DAMPED = 0.7
 """Power to which the relative weights of layers and groups are raised: they differ by factors of
 hundreds, between texts too."""
 
+FLOOR = 2.0**-24
+"""Least weight, over the mean of all: others have no root in float16 that can be inverted."""
+
 LEAST = 1e-3
 """Least weight, over the mean of a head: a later query may read what none has read so far."""
 
@@ -107,20 +110,22 @@ def metric_of(group: LayerGroup, moments: HostArray | None) -> Metric:
     sizes = np.array([[np.trace(x, 0, 1, 2).mean() for x in layer[:2]] for layer in layers])
     damping = np.maximum(sizes, 1e-30) ** (DAMPED - 1)
     damping /= np.exp(np.mean(np.log(damping), axis=0))
-    roots = [
-        _root(x * factor)
+    damped = [
+        x * factor
         for layer, (keys, values) in zip(layers, damping, strict=True)
         for x, factor in zip(layer, (keys, values, values), strict=True)
     ]
+    total = sum(float(np.trace(x, 0, 1, 2).sum()) for x in damped)
+    roots = [_root(x, max(FLOOR * total / group.width, 1e-33)) for x in damped]
     flat = np.concatenate([x.ravel() for x in roots])
     weight = float(np.sum(flat * flat)) / group.width
     return Metric(group, (flat / np.sqrt(weight)).astype(np.float32), weight**DAMPED)
 
 
-def _root(moments: HostArray) -> HostArray:
+def _root(moments: HostArray, floor: float) -> HostArray:
     """Symmetric square roots of moments ``[heads, dim, dim]``, with care for their noise."""
     diagonal = np.diagonal(moments, axis1=1, axis2=2)
-    least = LEAST * np.maximum(diagonal.mean(1, keepdims=True), 1e-30)
+    least = np.maximum(LEAST * diagonal.mean(1, keepdims=True), floor)
     noise = np.eye(moments.shape[1]) * (NOISE * diagonal + least)[:, None]
     values, vectors = np.linalg.eigh((1 - NOISE) * moments + noise)
     values = np.sqrt(np.maximum(values, least))

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 
 from kvcompress.arrays import HostArray, digest
+from kvcompress.cross_layer.format import check_parameters, read_group
 from kvcompress.cross_layer.layer_group import LayerGroup
 from kvcompress.cross_layer.metric import Metric
 from kvcompress.entropy.context_model import ContextModel
+from kvcompress.files import Facts
 
 HALF, BYTE = 8.0, 1.0
 """Root mean squares of coefficients, in steps, from which their row of the basis is half floats, or
@@ -159,9 +161,18 @@ class CrossLayerParameters:
         return {"group": self.group.to_dict(), "bits": self.bits}
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> CrossLayerParameters:
-        """Undo `facts` and `arrays`; what does not fit raises whatever Python raises."""
-        return cls(LayerGroup.from_dict(facts["group"]), facts["bits"], **arrays)
+    def of(cls, facts: Facts, arrays: Mapping[str, HostArray]) -> CrossLayerParameters:
+        """Undo `facts` and `arrays`.
+
+        Raises
+        ------
+        CalibrationError, SettingError
+            If they are not such facts and arrays, or restore numbers that are not finite.
+        """
+        group = read_group(facts.object("group", "layers", "shapes"))
+        bits = facts.number("bits", 0, 16)
+        check_parameters(group, arrays)
+        return cls(group, bits, **arrays)
 
 
 def store_basis(vectors: HostArray, sizes: HostArray) -> Mapping[str, HostArray]:

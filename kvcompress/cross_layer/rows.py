@@ -25,6 +25,9 @@ _FREQUENCIES = np.array([TOTAL - 96, 64, 32])
 _LARGEST = 2.0**28
 """Rows with numbers beyond this, in steps, are kept as they are."""
 
+_WHOLE = 2.0**30
+"""So are rows with coefficients or residuals from this: whole numbers are int32."""
+
 _OBLIQUE = 0.005
 """How far whole numbers make the basis from orthonormal, where errors are estimated."""
 
@@ -55,6 +58,10 @@ def _quantize(
     factors = xp.asarray(_factors(levels), device=where)
     y = y * factors
     q = _rounded(y, tables.thresholds)
+    large = ~xp.all(xp.abs(q) < _WHOLE, axis=1)
+    if bool(xp.any(large)):
+        huge = huge | large
+        z, y, q = (xp.where(huge[:, None], 0.0, x) for x in (z, y, q))
     restored = _magnitudes(q, back.centres)
     whole, power = xp.vecdot(z, z) * factors[:, 0] ** 2, xp.vecdot(y, y)
     y = y - restored
@@ -67,8 +74,13 @@ def _quantize(
         residual = xp.take(z, index, axis=0) * xp.take(factors, index, axis=0)
         residual = residual - xp.take(restored, index, axis=0) @ back.matrix
         far = np.flatnonzero(to_host(xp.vecdot(residual, residual)) > parameters.limit[0])
-        residual = xp.take(residual, xp.asarray(far, device=where), axis=0)
-        words = _residual_words(parameters, xp.round(residual))
+        residual = xp.round(xp.take(residual, xp.asarray(far, device=where), axis=0))
+        fits = to_host(xp.all(xp.abs(residual) < _WHOLE, axis=1))
+        if not fits.all():
+            mode[near[far[~fits]]] = _RAW
+            residual = xp.take(residual, xp.asarray(np.flatnonzero(fits), device=where), axis=0)
+            far = far[fits]
+        words = _residual_words(parameters, residual)
         tail = dict(zip(near[far].tolist(), words, strict=True))
         for row, more in tail.items():
             mode[row] = _RAW if more.size > 2 * parameters.group.width else _RESIDUAL

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from kvcompress.arrays import FLOAT16_MAX, Array, HostArray, digest, to_host
+from kvcompress.cross_layer.format import TOKENS, check_statistics, read_group
 from kvcompress.cross_layer.layer_group import LayerGroup
 from kvcompress.cross_layer.metric import Metric, matrix_numbers, metric_of
 from kvcompress.errors import (
@@ -16,12 +17,16 @@ from kvcompress.errors import (
     ShapeError,
     check_integer,
 )
+from kvcompress.files import Facts
 
 _LEAST = 256
 """Least number of tokens to train on."""
 
 ROWS = 512
 """Default for the tokens kept to train tables on: a million coefficients."""
+
+_LARGEST = 2.0**48
+"""Largest number of a row: sums of squares of such are float32."""
 
 _ENOUGH = 4
 """The sample is held out of the covariance if there are so many times as many tokens."""
@@ -99,9 +104,13 @@ class LayerGroupStatistics:
         weights = np.zeros((0, self.group.width), np.float32)
         if dks:
             v, dk, dv = ([x[:, :, cut] for x in xs] for xs in (vs, dks, dvs))
-            weights = self.group.join_gradients(v, dk, dv, place[cut])
-        if not (np.all(np.isfinite(rows)) and np.all(np.isfinite(weights))):
-            raise NonFiniteError("keys, values or gradients hold numbers that are not finite")
+            with np.errstate(over="ignore", invalid="ignore"):
+                weights = self.group.join_gradients(v, dk, dv, place[cut])
+        for name, x in (("keys and values", rows), ("gradients", weights)):
+            if not np.max(np.abs(x), initial=0) <= _LARGEST:
+                raise NonFiniteError(
+                    f"{name} hold numbers that are not finite or exceed {_LARGEST:g}"
+                )
         for b, sequence in enumerate(np.split(rows, batch) if rows.size else ()):
             mean = sequence.mean(0, dtype=np.float64)
             self._sum += mean * len(sequence)
@@ -178,20 +187,22 @@ class LayerGroupStatistics:
         }
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any], arrays: Mapping[str, HostArray]) -> LayerGroupStatistics:
+    def of(cls, facts: Facts, arrays: Mapping[str, HostArray]) -> LayerGroupStatistics:
         """Undo `arrays` and `facts`.
 
         Raises
         ------
-        CalibrationError
-            If they do not fit each other; or what Python raises at what is missing.
+        CalibrationError, SettingError
+            If they are not such arrays and facts, or do not fit each other.
         """
-        statistics = cls(LayerGroup.from_dict(facts["group"]), **facts["settings"])
-        for name, known in statistics.arrays.items():
-            shape = arrays[name].shape
-            if name not in ("tags", "rows") and shape != known.shape:
-                raise CalibrationError(f"{name} has shape {shape}, expected {known.shape}")
-        statistics.tokens, statistics.weighed = facts["tokens"], facts["weighed"]
+        group = read_group(facts.object("group", "layers", "shapes"))
+        settings = facts.object("settings", "rows", "skip", "seed").plain
+        tokens, weighed = (facts.integer(name, 0, TOKENS) for name in ("tokens", "weighed"))
+        rows = check_integer("rows", settings["rows"], 256)
+        check_statistics(group, arrays, tokens, weighed, rows)
+        # Only now: it allocates as much as there is in the arrays.
+        statistics = cls(group, **settings)
+        statistics.tokens, statistics.weighed = tokens, weighed
         for name in statistics.arrays:
             setattr(statistics, f"_{name}", arrays[name])
         return statistics
@@ -216,6 +227,8 @@ class LayerGroupStatistics:
         rows, heads = rows[told], self.group.heads(gradients[told])
         power = np.concatenate([np.sum(x * x, axis=2) for x in heads], axis=1)
         usual = power.mean(0)
+        if not np.any(usual):  # squares are smaller than float32 can tell from zero
+            return
         energy = np.mean(power[:, usual > 0] / usual[usual > 0], axis=1)
         logs = np.log2(np.maximum(energy, _FAINTEST))
         self.weighed += len(rows)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from kvcompress.arrays import HostArray, bisect
+from kvcompress.cross_layer.format import check_parameters
 from kvcompress.cross_layer.layer_group import LayerGroup
 from kvcompress.cross_layer.metric import Metric
 from kvcompress.cross_layer.parameters import CrossLayerParameters, store_basis
@@ -22,7 +23,7 @@ from kvcompress.entropy.context_model import (
     level_frequencies,
     token_levels,
 )
-from kvcompress.errors import SettingError
+from kvcompress.errors import CalibrationError, SettingError
 
 LAGRANGE = 0.06
 """Squared error, in steps, that a bit is worth: of the entropy-coded uniform quantizer at high rate
@@ -45,6 +46,9 @@ TOLERANCE = 0.01
 
 IMPORTANT = 256
 """Components from which the importance of a token is predicted."""
+
+_OCTAVES = 60.0
+"""Steps are from two to minus this, to two to this."""
 
 _RIDGE = 300
 """Ridge of the regression of the importance, in tokens."""
@@ -97,6 +101,11 @@ def fit_basis(
     if not 1 <= components <= width:
         raise SettingError(f"components must be from 1 to {width}, got {components}")
     covariance = metric.sandwich(statistics.covariance())
+    if not np.all(np.isfinite(covariance)):
+        raise CalibrationError(
+            "statistics cannot be trained on: the covariance, in units of distortion, exceeds "
+            "float32"
+        )
     if components > width // 2:
         variances, vectors = np.linalg.eigh(-covariance)
         variances, vectors = -variances[:components], vectors[:, :components]
@@ -126,7 +135,7 @@ def _importance(
     """Regression of the logarithm of the importance on coefficients, which are uncorrelated."""
     together = metric.apply(statistics.importance.astype(np.float32)[None])[0] @ vectors
     ridge = 1 + _RIDGE / max(statistics.weighed, 1)
-    found: HostArray = together / np.maximum(variances * ridge, 1e-30)
+    found: HostArray = together / np.maximum(variances * ridge, 1e-9 * variances[0] + 1e-30)
     return found
 
 
@@ -185,6 +194,8 @@ def train_layer_groups(
     SettingError
         As `train_layer_group`.
     """
+    if not statistics:
+        raise CalibrationError("there are no layer groups to train")
     if not 0 < bits < 16:
         raise SettingError(f"bits must be above 0 and below 16, got {bits!r}")
     samples = [_sample(*pair) for pair in zip(statistics, bases, strict=True)]
@@ -203,7 +214,7 @@ def train_layer_groups(
         if known is not None and abs(logarithm - known[0]) > 1e-6:
             slope = min(max((over - known[1]) / (logarithm - known[0]), -4.0), -0.2)
         known = logarithm, over
-        logarithm -= over / slope
+        logarithm = min(max(logarithm - over / slope, -_OCTAVES), _OCTAVES)
     raise SettingError(
         f"{len(variances)} components cannot spend {bits:g} bits per value, but "
         f"{spent / target * bits:.3g}"
@@ -237,7 +248,7 @@ def _first_guess(variances: HostArray, bits: float) -> float:
     def below(log_step: float) -> bool:
         return float(np.sum(np.maximum(0.0, logs - log_step + 0.5))) > bits
 
-    return float(bisect(below, -60.0, 60.0, steps=60))
+    return float(bisect(below, -_OCTAVES, _OCTAVES, steps=60))
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,7 +266,8 @@ class _Trial:
 
 
 def _trial(sample: _Sample, step: float) -> _Trial:
-    y = sample.coefficients.T / np.float32(step)
+    step = min(max(step, 2.0**-_OCTAVES), 2.0**_OCTAVES)
+    y = np.clip(sample.coefficients.T / np.float32(step), -(2.0**30), 2.0**30)
     size = np.sqrt(sample.variances) / step
     used = int(np.max(np.flatnonzero(size > LEAST), initial=0)) + 1
     y, size, classes = y[:used], size[:used], classes_of(size[:used])
@@ -293,7 +305,7 @@ def _code(group: LayerGroup, bits: float, sample: _Sample, trial: _Trial) -> Cro
     sizes = np.sqrt(np.mean(np.square(residual), axis=0, dtype=np.float64))
     error = float(np.mean(np.sum(np.square(residual), axis=1, dtype=np.float64)))
     importance = basis.importance[:used] * np.float32(trial.step)
-    return CrossLayerParameters(
+    parameters = CrossLayerParameters(
         group=group,
         bits=bits,
         mean=basis.mean,
@@ -311,6 +323,9 @@ def _code(group: LayerGroup, bits: float, sample: _Sample, trial: _Trial) -> Cro
         magnitudes=trial.model.magnitudes,
         thresholds=trial.model.thresholds,
     )
+    # Statistics may be of numbers that float32 and float16 cannot carry.
+    check_parameters(group, parameters.arrays)
+    return parameters
 
 
 def restore_magnitudes(q: HostArray, classes: HostArray, centres: HostArray) -> HostArray:

@@ -17,12 +17,20 @@ from kvcompress.cross_layer.rows import decode_rows, encode_rows
 from kvcompress.cross_layer.tables import backward_tables, forward_tables
 from kvcompress.entropy.rans import Decoder
 from kvcompress.entropy.streams import LANES, NOTHING, pack, unpack
-from kvcompress.errors import CalibrationError, KVCompressError, SettingError
-from kvcompress.files import flatten, load_arrays, save_arrays, unflatten
+from kvcompress.errors import SettingError
+from kvcompress.files import (
+    Facts,
+    flatten,
+    load_arrays,
+    reading,
+    require,
+    save_arrays,
+    unflatten,
+)
 from kvcompress.methods import CacheMethod
 from kvcompress.methods.base import Payload
 
-FORMAT = "kvcompress.cross-layer-transform.1"
+FORMAT = "kvcompress.cross-layer-transform.2"
 
 BLOCK = 512
 """Rows in work at a time."""
@@ -180,15 +188,14 @@ class CrossLayerTransform(CacheMethod):
 
     @classmethod
     def load(cls, path: str | PathLike[str], /) -> Self:
-        kind = "a CrossLayerTransform"
-        arrays, facts = load_arrays(path, form=FORMAT, kind=kind)
-        try:
-            known = unflatten(arrays)
-            return cls(
-                tuple(
-                    CrossLayerParameters.of(of_group, known[str(i)])
-                    for i, of_group in enumerate(facts["groups"])
-                )
+        with reading(path, "a CrossLayerTransform"):
+            arrays, held = load_arrays(path, form=FORMAT)
+            facts = Facts(held, "facts", "method", "groups")
+            facts.choice("method", cls.identifier)
+            groups, known = facts.objects("groups", "group", "bits"), unflatten(arrays)
+            require(
+                set(known) == {str(i) for i in range(len(groups))},
+                f"there must be arrays of {len(groups)} groups, got {list(known)}",
             )
-        except (KVCompressError, KeyError, ValueError, TypeError) as error:
-            raise CalibrationError(f"{path} is not {kind}, or damaged: {error}") from error
+            parts = (CrossLayerParameters.of(x, known[str(i)]) for i, x in enumerate(groups))
+            return cls(tuple(parts))

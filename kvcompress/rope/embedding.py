@@ -88,6 +88,8 @@ class RoPE:
         SettingError
             If a setting or a kind of scaling is unknown.
         """
+        if not isinstance(values, Mapping):
+            raise SettingError(f"the settings of a RoPE must be a mapping, got {values!r}")
         known = values.get("scaling")
         scaling = None if known is None else RopeScaling.from_dict(known)
         try:
@@ -198,6 +200,33 @@ class RoPE:
         if self.dim == self.head_dim:
             return rotated
         return xp.concat([rotated, x[..., self.dim :]], axis=-1)
+
+    def check_finite(self, *, frequency: float, magnitude: float) -> None:
+        """Check that what is rotated stays finite, short sequences and long ones.
+
+        Parameters
+        ----------
+        frequency : float
+            Most radians per token.
+        magnitude : float
+            Most that `apply` or `undo` may multiply by.
+
+        Raises
+        ------
+        SettingError
+        """
+        if not 1 / magnitude <= self.magnitude <= magnitude:
+            raise SettingError(
+                f"the magnitude of a RoPE must be from {1 / magnitude:g} to {magnitude:g}, "
+                f"got {self.magnitude:g}"
+            )
+        for seq_len in (1, 1 << 24):
+            with np.errstate(all="ignore"):
+                found = float(np.max(np.abs(self._frequencies(seq_len))))
+            if not found <= frequency:
+                raise SettingError(
+                    f"a RoPE may turn {frequency:g} radians per token, got {found:g}"
+                )
 
     def _frequencies(self, seq_len: int | None) -> np.ndarray[Any, Any]:
         """Radians per token of every pair."""

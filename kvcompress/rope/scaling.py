@@ -68,11 +68,13 @@ class RopeScaling:
         SettingError
             If the kind of scaling or one of its settings is unknown.
         """
+        if not isinstance(values, Mapping):
+            raise SettingError(f"the settings of a scaling must be a mapping, got {values!r}")
         kinds = {kind.__name__: kind for kind in RopeScaling.__subclasses__()}
         # JSON has no tuples.
         settings = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         name = settings.pop("kind", None)
-        if name not in kinds:
+        if not isinstance(name, str) or name not in kinds:
             raise SettingError(f"unknown scaling {name!r}; known: {', '.join(sorted(kinds))}")
         try:
             return kinds[name](**settings)
@@ -209,6 +211,8 @@ class YarnScaling(RopeScaling):
     truncate: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.truncate, bool):
+            raise SettingError(f"truncate must be True or False, got {self.truncate!r}")
         for name in ("factor", "beta_fast", "beta_slow"):
             normalize(self, **{name: check_positive(name, getattr(self, name))})
         if self.attention_factor is not None:
@@ -220,6 +224,13 @@ class YarnScaling(RopeScaling):
     def check(self, dim: int, theta: float) -> None:
         if theta == 1:
             raise SettingError("theta must be above 1 with YarnScaling, got 1")
+        try:
+            self._ramp(dim, theta)
+        except (ArithmeticError, ValueError) as error:
+            raise SettingError(
+                f"beta_fast and beta_slow must be rotations within the original context, "
+                f"got {self.beta_fast} and {self.beta_slow}"
+            ) from error
 
     @property
     def magnitude(self) -> float:

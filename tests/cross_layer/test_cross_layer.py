@@ -41,6 +41,7 @@ from kvcompress.errors import (
     ShapeError,
     UnknownLayer,
 )
+from kvcompress.files import Facts
 from kvcompress.rope.scaling import DynamicScaling, LongRopeScaling, YarnScaling
 
 LAYERS, HEADS, DIM, VALUE_DIM = 3, 2, 8, 6
@@ -383,12 +384,17 @@ def test_files(tmp_path, parameters):
         CrossLayerTransform.load(tmp_path / "s")
 
 
-def test_files_of_ropes(tmp_path, parameters):
+def test_files_of_ropes(tmp_path):
     """Every scaling of RoPE comes back from a file."""
     long = LongRopeScaling((1.0, 2.0), (3.0, 4.0), 64)
     ropes = [RoPE(4, scaling=s) for s in (YarnScaling(4.0, 64), DynamicScaling(2.0, 64), long)]
     group = LayerGroup((0, 1, 2), tuple(LayerShape(1, 4, 2, rope) for rope in ropes))
-    CrossLayerTransform(replace(parameters, group=group)).save(tmp_path / "c")
+    statistics = LayerGroupStatistics(group, rows=256, skip=0)
+    rng = np.random.default_rng(0)
+    statistics._rows = rng.standard_normal((256, group.width)).astype("f2")
+    statistics._tags, statistics.tokens = rng.random(256), 256
+    statistics._moment = statistics._rows.T.astype("f4") @ statistics._rows.astype("f4")
+    CrossLayerTransform(train_layer_group(statistics, 1.0)).save(tmp_path / "c")
     assert CrossLayerTransform.load(tmp_path / "c").groups[0].group == group
 
 
@@ -626,7 +632,7 @@ def replace_gradients(statistics):
     arrays = dict(statistics.arrays)
     for name in ("gradients", "importance"):
         arrays[name] = np.zeros_like(arrays[name])
-    return LayerGroupStatistics.of({**statistics.facts, "weighed": 0}, arrays)
+    return LayerGroupStatistics.of(Facts({**statistics.facts, "weighed": 0}, "facts"), arrays)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
