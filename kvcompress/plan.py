@@ -14,7 +14,14 @@ from kvcompress.backend import select
 from kvcompress.calibration.calibration import Calibration
 from kvcompress.calibration.parameters import LayerParameters
 from kvcompress.calibration.statistics import LayerStatistics
-from kvcompress.calibration.training import Scope, key_bases, rates, value_bases, water_level
+from kvcompress.calibration.training import (
+    NORMS,
+    Scope,
+    key_bases,
+    rates,
+    value_bases,
+    water_level,
+)
 from kvcompress.compressed import CompressedCache
 from kvcompress.compressor.cache import CacheCodec
 from kvcompress.compressor.compressor import KVCacheCompressor
@@ -27,8 +34,9 @@ from kvcompress.errors import (
 )
 from kvcompress.files import flatten, load_arrays, save_arrays, unflatten
 from kvcompress.methods.transform_coding import EXACT, LEAST, MOST, TransformCoding
+from kvcompress.rope import RoPE
 
-FORMAT = "kvcompress.plan.2"
+FORMAT = "kvcompress.plan.3"
 
 _SAVED = ("sinks", "window", "nonfinite")
 """Options of a compressor that belong to the plan, and not to the machine."""
@@ -117,7 +125,8 @@ class Plan(Mapping[int, KVCacheCompressor]):
             arrays[layer] = method.parameters.arrays
             options = {name: getattr(compressor, name) for name in _SAVED}
             settings = {"bits": method.bits, "exact": method.exact, "scope": method.scope}
-            layers[str(layer)] = {**settings, "options": options}
+            rope = None if method.rope is None else method.rope.to_dict()
+            layers[str(layer)] = {**settings, "rope": rope, "options": options}
         save_arrays(path, flatten(arrays), form=FORMAT, facts={"layers": layers})
 
     @classmethod
@@ -150,7 +159,8 @@ def _compressor(
     settings: Mapping[str, Any], arrays: Mapping[str, HostArray], backend: str | None
 ) -> KVCacheCompressor:
     bits = settings["bits"]
-    parameters = LayerParameters.of(bits, arrays)
+    rope = None if settings["rope"] is None else RoPE.from_dict(settings["rope"])
+    parameters = LayerParameters.of(bits, arrays, rope)
     method = TransformCoding(bits, parameters, settings["exact"], settings["scope"])
     return KVCacheCompressor(method, backend=backend, **settings["options"])
 
@@ -221,7 +231,7 @@ def _spread(
         layer: (key_bases(s, scope).distortion, value_bases(s, scope).distortion)
         for layer, s in statistics.items()
     }
-    norms = {layer: 8 * len(s.value_mean) for layer, s in statistics.items()}
+    norms = {layer: 8 * NORMS * len(s.value_mean) for layer, s in statistics.items()}
     values = sum(keys.size + vals.size for keys, vals in distortions.values())
     apart = sum(norms.values()) + sum(
         exact * (16 * keys.size + 32 * len(keys)) for keys, _ in distortions.values()

@@ -176,7 +176,7 @@ class RoPE:
     def _rotate(self, x: Array, positions: Array, seq_len: int | None, forward: bool) -> Array:
         xp = array_namespace(x, positions)
         self._check(x, positions, xp)
-        frequencies = xp.asarray(self._frequencies(seq_len), device=device(x))
+        frequencies = xp.asarray(self.frequencies(seq_len), device=device(x))
         angle = xp.astype(positions, xp.float32)[..., None] * frequencies
         cos, sin = xp.cos(angle), xp.sin(angle)
         if self.magnitude != 1.0:
@@ -199,8 +199,14 @@ class RoPE:
             return rotated
         return xp.concat([rotated, x[..., self.dim :]], axis=-1)
 
-    def _frequencies(self, seq_len: int | None) -> np.ndarray[Any, Any]:
-        """Radians per token of every pair."""
+    def frequencies(self, seq_len: int | None = None) -> np.ndarray[Any, Any]:
+        """Radians per token of every pair, float32 ``[dim / 2]``, on the host.
+
+        Raises
+        ------
+        SettingError
+            If `seq_len` is needed (see `apply`) and missing, or no positive integer.
+        """
         if seq_len is not None:
             check_integer("seq_len", seq_len, 1)
         if self.scaling is None:
