@@ -158,6 +158,8 @@ def test_tokens_far_from_the_usual_norm(xp, transform, factor):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_norms_of_all_numbers_of_a_dtype(xp, calibration, dtype):
     """Norms come back, coarser the farther from what the calibration saw."""
+    if dtype not in xp.dtypes:
+        pytest.skip(f"no {dtype} in {xp.name}")
     powers = np.arange(-14, 15) if dtype == "float16" else np.arange(-119, 116, 4)
     k, v, _ = make(1, 5)
     k, v = (np.exp2(powers)[:, None] * x / np.linalg.norm(x, axis=-1)[..., None] for x in (k, v))
