@@ -13,8 +13,16 @@ from kvcompress.arrays import Array, HostArray
 from kvcompress.backend import select
 from kvcompress.calibration.calibration import Calibration
 from kvcompress.calibration.parameters import LayerParameters
+from kvcompress.calibration.ropes import read_rope
 from kvcompress.calibration.statistics import LayerStatistics
-from kvcompress.calibration.training import Scope, key_bases, rates, value_bases, water_level
+from kvcompress.calibration.training import (
+    NORMS,
+    Scope,
+    key_bases,
+    rates,
+    value_bases,
+    water_level,
+)
 from kvcompress.compressed import CompressedCache
 from kvcompress.compressor.cache import CacheCodec
 from kvcompress.compressor.compressor import KVCacheCompressor
@@ -36,7 +44,7 @@ from kvcompress.files import (
 from kvcompress.files.facts import layer_number
 from kvcompress.methods.transform_coding import EXACT, LEAST, MOST, TransformCoding
 
-FORMAT = "kvcompress.plan.3"
+FORMAT = "kvcompress.plan.4"
 
 _SAVED = ("sinks", "window", "nonfinite")
 """Options of a compressor that belong to the plan, and not to the machine."""
@@ -135,7 +143,8 @@ class Plan(Mapping[int, KVCacheCompressor]):
             arrays[layer] = method.parameters.arrays
             options = {name: getattr(compressor, name) for name in _SAVED}
             settings = {name: getattr(method, name) for name in _SETTINGS}
-            layers[str(layer)] = {**settings, "options": options}
+            rope = None if method.rope is None else method.rope.to_dict()
+            layers[str(layer)] = {**settings, "rope": rope, "options": options}
         save_arrays(path, flatten(arrays), form=FORMAT, facts={"layers": layers})
 
     @classmethod
@@ -158,7 +167,7 @@ class Plan(Mapping[int, KVCacheCompressor]):
         with reading(path, "a plan"):
             arrays, held = load_arrays(path, form=FORMAT)
             layers = Facts(held, "facts", "layers").object("layers")
-            known, settings = unflatten(arrays), dict(layers.items(*_SETTINGS, "options"))
+            known, settings = unflatten(arrays), dict(layers.items(*_SETTINGS, "rope", "options"))
             require(
                 set(known) == set(settings),
                 f"settings must be those of layers {list(known)}, got {list(settings)}",
@@ -181,7 +190,8 @@ def _compressor(
     heads, units = len(parameters.log_norm), len(parameters.keys.forward)
     wanted = heads if scope == "head" else 1
     require(units == wanted, f"scope {scope!r} has {wanted} bases of {heads} heads, got {units}")
-    method = TransformCoding(bits, parameters, exact, scope)
+    rope = read_rope(settings, "rope", parameters.keys.forward.shape[1] * units // heads)
+    method = TransformCoding(bits, replace(parameters, rope=rope), exact, scope)
     options = settings.object("options", *_SAVED)
     nonfinite: Any = options.choice("nonfinite", "raise", "saturate")
     return KVCacheCompressor(
@@ -260,7 +270,7 @@ def _spread(
         layer: (key_bases(s, scope).distortion, value_bases(s, scope).distortion)
         for layer, s in statistics.items()
     }
-    norms = {layer: 8 * len(s.value_mean) for layer, s in statistics.items()}
+    norms = {layer: 8 * NORMS * len(s.value_mean) for layer, s in statistics.items()}
     values = sum(keys.size + vals.size for keys, vals in distortions.values())
     apart = sum(norms.values()) + sum(
         exact * (16 * keys.size + 32 * len(keys)) for keys, _ in distortions.values()

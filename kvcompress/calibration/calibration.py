@@ -19,6 +19,12 @@ from kvcompress.arrays import (
     to_host,
 )
 from kvcompress.calibration.format import check_sums
+from kvcompress.calibration.ropes import (
+    check_rope,
+    read_rope,
+    rope_array,
+    ropes_to_dict,
+)
 from kvcompress.calibration.statistics import LayerStatistics
 from kvcompress.errors import (
     CalibrationError,
@@ -28,10 +34,19 @@ from kvcompress.errors import (
     UnknownLayer,
     check_integer,
 )
-from kvcompress.files import Facts, flatten, load_arrays, reading, save_arrays, unflatten
-from kvcompress.files.facts import layer_number
+from kvcompress.files import (
+    Facts,
+    flatten,
+    load_arrays,
+    reading,
+    require,
+    save_arrays,
+    unflatten,
+)
+from kvcompress.files.facts import layer_number, shown
+from kvcompress.rope import RoPE
 
-FORMAT = "kvcompress.calibration.3"
+FORMAT = "kvcompress.calibration.4"
 
 _TINY = 1e-30
 
@@ -67,6 +82,7 @@ class Calibration:
         self.seed = seed
         self.provenance: dict[str, Any] = {}
         self._layers: dict[int, dict[str, HostArray]] = {}
+        self._ropes: dict[int, RoPE] = {}
 
     def __repr__(self) -> str:
         return f"Calibration({len(self._layers)} layers, {self.tokens:,} tokens)"
@@ -84,9 +100,20 @@ class Calibration:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over all statistics, in hexadecimal."""
-        return digest(flatten(self._layers))
+        ropes = {layer: rope_array(rope) for layer, rope in self._ropes.items()}
+        return digest({**flatten(self._layers), **flatten(ropes)})
 
-    def update(self, layer: int, k: Array, v: Array, q: Array | None = None, /) -> None:
+    def update(
+        self,
+        layer: int,
+        k: Array,
+        v: Array,
+        q: Array | None = None,
+        /,
+        *,
+        rope: RoPE | None = None,
+        positions: Array | None = None,
+    ) -> None:
         """Add the tokens of whole sequences to the statistics of a layer, or change nothing.
 
         Parameters
@@ -97,15 +124,32 @@ class Calibration:
         q : array ``[batch, num_query_heads, seq_len, head_dim]``, or without the batch, optional
             As attention uses them: after RoPE. Query head ``h`` reads KV head
             ``h // (num_query_heads // num_heads)``.
+        rope : RoPE, optional
+            What rotated keys and queries: statistics are of what they were before, and so hold for
+            all positions. Without it they hold for the positions of `k` and `q` only, unless the
+            layer has no RoPE.
+        positions : integer array ``[seq_len]``, optional
+            Where the tokens stand, with `rope`; from 0 on if left out.
 
         Raises
         ------
         NamespaceError, DTypeError, ShapeError, NonFiniteError, SettingError
+        CalibrationError
+            If the layer has statistics with another RoPE.
         """
         check_integer("layer", layer, 0)
         keys, values = _host("k", k), _host("v", v)
         queries = keys[:, :, :0] if q is None else _host("q", q)
         self._check(layer, keys, values, queries)
+        if layer in self._layers:
+            check_rope(layer, self._ropes.get(layer), rope)
+        if rope is not None:
+            keys, queries = _before_rope(rope, positions, keys, queries)
+            self._ropes[layer] = rope
+        self._add(layer, keys, values, queries)
+
+    def _add(self, layer: int, keys: HostArray, values: HostArray, queries: HostArray) -> None:
+        """Add what has been checked."""
         batch, heads = keys.shape[:2]
         # The queries of a group read the same keys: as if they were more tokens.
         queries = _tokens(queries.reshape(batch, heads, -1 if queries.size else 0, keys.shape[-1]))
@@ -137,7 +181,8 @@ class Calibration:
         Raises
         ------
         CalibrationError
-            If a layer of both has other shapes, or the rows were drawn with the same seed.
+            If a layer of both has other shapes or another RoPE, or the rows were drawn with the
+            same seed.
         """
         if self.seed == other.seed and self._layers and other._layers:
             raise CalibrationError(
@@ -145,13 +190,17 @@ class Calibration:
             )
         merged = Calibration(rows=min(self.rows, other.rows), skip=self.skip, seed=self.seed)
         for layer in {**self._layers, **other._layers}:
-            parts = [c._layers[layer] for c in (self, other) if layer in c._layers]
+            held = [c for c in (self, other) if layer in c._layers]
+            parts = [c._layers[layer] for c in held]
+            check_rope(layer, held[0]._ropes.get(layer), held[-1]._ropes.get(layer))
             if any(p["key_rows"].shape[::2] != parts[0]["key_rows"].shape[::2] for p in parts):
                 raise CalibrationError(f"layer {layer} has other heads or another head_dim")
             sums = _merge(None, parts[0], merged.rows)
             for part in parts[1:]:
                 sums = _merge(sums, part, merged.rows)
             merged._layers[layer] = sums
+            if layer in held[0]._ropes:
+                merged._ropes[layer] = held[0]._ropes[layer]
         return merged
 
     def __getitem__(self, layer: int) -> LayerStatistics:
@@ -187,6 +236,7 @@ class Calibration:
             value_log_norm=sums["log_norm_sum"] / nonzero,
             key_rows=sums["key_rows"],
             value_rows=sums["value_rows"],
+            rope=self._ropes.get(layer),
         )
 
     def save(self, path: str | PathLike[str], /) -> None:
@@ -200,7 +250,8 @@ class Calibration:
             If JSON cannot hold the provenance.
         """
         settings = {"rows": self.rows, "skip": self.skip, "seed": self.seed}
-        facts = {"settings": settings, "provenance": self.provenance}
+        ropes = ropes_to_dict(self._ropes)
+        facts = {"settings": settings, "provenance": self.provenance, "ropes": ropes}
         save_arrays(path, flatten(self._layers), form=FORMAT, facts=facts)
 
     @classmethod
@@ -216,12 +267,21 @@ class Calibration:
         """
         with reading(path, "a calibration"):
             arrays, held = load_arrays(path, form=FORMAT)
-            facts = Facts(held, "facts", "settings", "provenance")
+            facts = Facts(held, "facts", "settings", "provenance", "ropes")
             calibration = cls(**facts.object("settings", "rows", "skip", "seed").plain)
             calibration.provenance = facts.object("provenance").plain
+            ropes = facts.object("ropes")
             for name, sums in unflatten(arrays).items():
+                layer = layer_number(name)
                 check_sums(sums, calibration.rows, f"{name}.")
-                calibration._layers[layer_number(name)] = sums
+                calibration._layers[layer] = sums
+                rope = read_rope(ropes, name, sums["key_sum"].shape[-1])
+                if rope is not None:
+                    calibration._ropes[layer] = rope
+            require(
+                set(ropes.plain) == {str(layer) for layer in calibration._ropes},
+                f"ropes must be of layers that have statistics, got {shown(list(ropes.plain))}",
+            )
         return calibration
 
     def _seen(self, layer: int) -> int:
@@ -265,6 +325,33 @@ def _tokens(x: HostArray) -> HostArray:
     """``[batch, heads, seq_len, dim]`` to ``[heads, batch * seq_len, dim]``."""
     batch, heads, length, dim = x.shape
     return x.transpose(1, 0, 2, 3).reshape(heads, batch * length, dim)
+
+
+def _before_rope(
+    rope: RoPE, positions: Array | None, keys: HostArray, queries: HostArray
+) -> tuple[HostArray, HostArray]:
+    """Undo a RoPE of keys and queries of the same tokens.
+
+    Raises
+    ------
+    DTypeError, ShapeError
+    """
+    count = keys.shape[2]
+    places = np.arange(count) if positions is None else to_host(positions)
+    if places.shape != (count,) or (queries.size and queries.shape[2] != count):
+        raise ShapeError(
+            f"with a rope, k, q and positions must have the same tokens, got {count}, "
+            f"{queries.shape[2]} and {places.shape}"
+        )
+    seq_len = int(np.max(places, initial=0)) + 1
+
+    def undone(x: HostArray) -> HostArray:
+        if not x.size:
+            return x
+        full: HostArray = rope.undo(x.astype(np.float32), places, seq_len=seq_len)
+        return full.astype(np.float64)
+
+    return undone(keys), undone(queries)
 
 
 def _merge(

@@ -47,7 +47,10 @@ _LARGEST = 2.0**127
 """Largest number that is to be restored."""
 
 _OCTAVES = 6
-"""By how many octaves a norm of a value may exceed that which is usual."""
+"""By how many octaves a norm of a value exceeds that which is usual, with room to spare."""
+
+_OVERSHOOT = 2.0**60
+"""Largest ratio of a key to what was coded: one of 2**60 is still restored as a finite one."""
 
 
 def check_sums(arrays: Mapping[str, HostArray], rows: int, where: str) -> None:
@@ -106,7 +109,10 @@ def check_parameters(arrays: Mapping[str, HostArray], where: str = "") -> None:
     ------
     CalibrationError
     """
-    rules = {"log_norm": ArrayRule(("heads",), "float32", low=-140, high=140)}
+    rules = {
+        "log_norm": ArrayRule(("heads",), "float32", low=-140, high=140),
+        "key_norms": ArrayRule(("heads", 3), "float32", low=-140, high=140),
+    }
     books: dict[str, list[str]] = {}
     for role in ("keys", "values"):
         lead = f"{role}.codebooks."
@@ -139,12 +145,28 @@ def check_parameters(arrays: Mapping[str, HostArray], where: str = "") -> None:
             f"basis {where}{role} must be of {heads // units} heads each, got {dim} channels",
         )
         largest = _reach([arrays[name] for name in names], arrays, role)
-        if role == "values":
+        if role == "keys":
+            _check_norms(arrays["key_norms"], largest, where)
+        else:
             largest *= 2.0 ** (max(0.0, float(arrays["log_norm"].max())) + _OCTAVES)
         require(
             largest < _LARGEST,
             f"arrays {where}{role} restore numbers up to {largest:.3g}, more than {_LARGEST:.3g}",
         )
+
+
+def _check_norms(norms: HostArray, largest: float, where: str) -> None:
+    """Check norms of keys, of which those decoded are `largest` at most, and then multiplied."""
+    usual, low, high = norms.T
+    require(
+        bool(np.all((low <= usual) & (usual <= high))),
+        f"array {where}key_norms must have a usual norm between the least and the largest",
+    )
+    most = largest * 2.0 ** -float(np.min(usual, initial=0.0))
+    require(
+        most <= _OVERSHOOT,
+        f"arrays {where}keys restore {most:.3g} times the norm of a key, more than {_OVERSHOOT:g}",
+    )
 
 
 def _reach(books: list[HostArray], arrays: Mapping[str, HostArray], role: str) -> float:

@@ -8,6 +8,8 @@ from functools import cached_property
 
 from kvcompress.arrays import HostArray, digest
 from kvcompress.calibration.format import check_parameters
+from kvcompress.calibration.ropes import rope_array
+from kvcompress.rope import RoPE
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,23 +62,31 @@ class LayerParameters:
     keys, values : RoleParameters
     log_norm : array ``[heads]``, float32
         Binary logarithm of a norm of a value, about which norms are coded.
+    key_norms : array ``[heads, 3]``, float32
+        Binary logarithms of norms of keys: of a usual one, of the least, and of the largest that
+        are coded as they are. Keys of other norms are coded as if they were usual.
+    rope : RoPE or None
+        What `keys` are coded before: it is undone of the keys first, and done when they are
+        restored.
     """
 
     bits: float
     keys: RoleParameters
     values: RoleParameters
     log_norm: HostArray
+    key_norms: HostArray
+    rope: RoPE | None = None
 
     @property
     def arrays(self) -> Mapping[str, HostArray]:
         """Every array, by name."""
         roles = {"keys": self.keys, "values": self.values}
         parts = {f"{role}.{n}": x for role, code in roles.items() for n, x in code.arrays.items()}
-        return {"log_norm": self.log_norm, **parts}
+        return {"log_norm": self.log_norm, "key_norms": self.key_norms, **parts}
 
     @classmethod
     def of(cls, bits: float, arrays: Mapping[str, HostArray]) -> LayerParameters:
-        """Undo `arrays`.
+        """Undo `arrays`, without a RoPE.
 
         Raises
         ------
@@ -91,12 +101,12 @@ class LayerParameters:
             )
 
         check_parameters(arrays)
-        return cls(bits, part("keys"), part("values"), arrays["log_norm"])
+        return cls(bits, part("keys"), part("values"), arrays["log_norm"], arrays["key_norms"])
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all arrays, in hexadecimal: who has the same decodes the same."""
-        return digest(self.arrays)
+        """SHA-256 of all arrays and the RoPE, in hexadecimal: who has the same decodes the same."""
+        return digest({**self.arrays, **rope_array(self.rope)})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LayerParameters) and self.fingerprint == other.fingerprint

@@ -6,13 +6,16 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 
 from kvcompress.arrays import HostArray, digest
+from kvcompress.calibration.ropes import rope_array
+from kvcompress.rope import RoPE
 
 
 @dataclass(frozen=True, eq=False)
 class LayerStatistics:
     """Statistics of one layer, over the tokens a calibration saw; NumPy arrays on the host.
 
-    Equal, and hashed, by their values: see `fingerprint`.
+    Equal, and hashed, by their values: see `fingerprint`. Keys and queries are those before RoPE
+    where `rope` is known, else as they were given.
 
     Attributes
     ----------
@@ -28,6 +31,8 @@ class LayerStatistics:
         Mean binary logarithm of the norms of the values.
     key_rows, value_rows : arrays ``[heads, rows, head_dim]``, float16
         Keys, and values over their norms, of tokens drawn at random.
+    rope : RoPE or None
+        The rotary embedding that was undone.
     """
 
     key_mean: HostArray
@@ -38,11 +43,13 @@ class LayerStatistics:
     value_log_norm: HostArray
     key_rows: HostArray
     value_rows: HostArray
+    rope: RoPE | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of all values, in hexadecimal."""
-        return digest({field.name: getattr(self, field.name) for field in fields(self)})
+        arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rope"}
+        return digest({**arrays, **rope_array(self.rope)})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LayerStatistics) and self.fingerprint == other.fingerprint

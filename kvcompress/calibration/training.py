@@ -10,6 +10,7 @@ import numpy as np
 
 from kvcompress.arrays import HostArray, bisect
 from kvcompress.calibration.codebooks import train_codebooks
+from kvcompress.calibration.distances import moment_before_rope
 from kvcompress.calibration.format import check_parameters
 from kvcompress.calibration.parameters import LayerParameters, RoleParameters
 from kvcompress.calibration.statistics import LayerStatistics
@@ -17,8 +18,14 @@ from kvcompress.calibration.statistics import LayerStatistics
 Scope: TypeAlias = Literal["head", "layer"]
 """What is coded together: one head, or all heads of a layer."""
 
+NORMS = 2
+"""Bytes a token takes for norms per head: one of the key, one of the value."""
+
 RIDGE = 1e-3
 """Weight of directions that no query reads, over the mean weight."""
+
+
+_LEAST_NORM = 2.0**-60
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +44,13 @@ class Bases:
 
 @lru_cache(maxsize=256)
 def key_bases(statistics: LayerStatistics, scope: Scope) -> Bases:
-    """Coefficients whose squared error is the mean square error of the logits, times head_dim."""
+    """Coefficients whose squared error is the mean square error of the logits, times head_dim.
+
+    Of keys before RoPE, the mean over the distances of `moment_before_rope`.
+    """
     moment = statistics.query_moment
+    if statistics.rope is not None:
+        moment = moment_before_rope(moment, statistics.rope)
     head_dim = moment.shape[-1]
     weight = np.trace(moment, axis1=1, axis2=2)[:, None, None] / head_dim
     weight = np.where(weight > 0, weight, 1.0)
@@ -96,14 +108,14 @@ def water_level(distortions: list[HostArray], bits: float) -> float:
 def code_bytes(statistics: LayerStatistics, bits: float, scope: Scope) -> tuple[int, int]:
     """Bytes that the codes of a unit take on the keys and on the values of a token.
 
-    Together with the bytes of the values' norms they come to `bits` per value.
+    Together with the bytes of the norms of keys and values they come to `bits` per value.
     """
     keys, values = (
         key_bases(statistics, scope).distortion,
         value_bases(statistics, scope).distortion,
     )
     key_dim, value_dim = keys.shape[-1], values.shape[-1]
-    norms = len(statistics.value_mean) // len(values)
+    norms = NORMS * len(statistics.value_mean) // len(values)
     total = max(2, round(bits * (key_dim + value_dim) / 8) - norms)
     level = water_level([keys, values], 8 * total / (key_dim + value_dim))
     wanted = float(np.mean(np.sum(rates(keys, level), axis=-1))) / 8
@@ -122,9 +134,21 @@ def train(statistics: LayerStatistics, bits: float, scope: Scope) -> LayerParame
             train_role(key_bases(statistics, scope), statistics.key_rows, key_bytes),
             train_role(value_bases(statistics, scope), statistics.value_rows, value_bytes),
             statistics.value_log_norm.astype(np.float32),
+            key_norms(statistics.key_rows),
+            statistics.rope,
         )
     check_parameters(parameters.arrays)
     return parameters
+
+
+def key_norms(rows: HostArray) -> HostArray:
+    """Logarithms of the median, the least and the largest norm of keys: ``[heads, 3]``."""
+    found = []
+    for norms in np.linalg.norm(rows.astype(np.float32), axis=-1):
+        some = norms[norms > 0]
+        logs = np.log2(np.maximum(some if some.size else norms, _LEAST_NORM))
+        found.append([np.median(logs), logs.min(), logs.max()])
+    return np.asarray(found, dtype=np.float32)
 
 
 def train_role(bases: Bases, rows: HostArray, count: int) -> RoleParameters:

@@ -22,6 +22,7 @@ from kvcompress.cross_layer import LayerGroup
 from kvcompress.cross_layer.calibration import CrossLayerCalibration, layer_groups
 from kvcompress.evaluation.rates import CALIBRATIONS
 from kvcompress.methods import TransformCoding
+from kvcompress.rope import RoPE
 
 if TYPE_CHECKING:
     from kvcompress.integrations.transformers import LanguageModel
@@ -179,7 +180,8 @@ def _run(
             calibration.update(keys, values, gradients)
         else:
             for layer, (k, v, q) in captured.items():
-                calibration.update(layer, k, v, q)
+                rope = RoPE.from_config(lm.model.config, layer=layer)
+                calibration.update(layer, k, v, q, rope=rope)
         calibration.provenance["sequences"] += 1
         if time.monotonic() - saved > SAVE_EVERY:
             calibration.save(output)

@@ -1,7 +1,7 @@
 """What compression returns: frozen containers that know their layout and their bytes."""
 
 from kvcompress.compressed.cache import CompressedCache, CompressedLayerGroup
-from kvcompress.compressed.kv import CompressedKV, CompressedTensor, KVLayout
+from kvcompress.compressed.kv import CompressedKV, CompressedTensor, KVLayout, Positions
 
 __all__ = [
     "CompressedCache",
@@ -9,4 +9,5 @@ __all__ = [
     "CompressedLayerGroup",
     "CompressedTensor",
     "KVLayout",
+    "Positions",
 ]

@@ -31,7 +31,24 @@ class KVLayout(Enum):
     LATENT = "[num_heads, seq_len, width] of latents"
 
 
-@pytree(data=("payload", "exact"), meta=("method", "role", "spec", "ndim"))
+@pytree(data=("places",), meta=("seq_len",))
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Where the tokens of a tensor stand in their text.
+
+    Attributes
+    ----------
+    places : array ``[1]`` or ``[tokens]``, int32
+        Of the first token, where the others follow one another, or of every token.
+    seq_len : int or None
+        Length that the model rotated them for, if it matters; see `kvcompress.RoPE.apply`.
+    """
+
+    places: Array
+    seq_len: int | None
+
+
+@pytree(data=("payload", "exact", "positions"), meta=("method", "role", "spec", "ndim"))
 @dataclass(frozen=True, eq=False)
 class CompressedTensor:
     """One compressed tensor ``[heads, tokens, head_dim]``: the keys or the values.
@@ -48,6 +65,8 @@ class CompressedTensor:
         Of the tensor that `payload` decodes to.
     ndim : int
         Dimensions of the first array of `payload`; ``vmap`` and ``scan`` add some in front.
+    positions : Positions or None
+        Of the tokens that `payload` stands for, if `method` has a `Method.rope`.
     """
 
     payload: Payload
@@ -56,22 +75,33 @@ class CompressedTensor:
     role: Role
     spec: TensorSpec
     ndim: int
+    positions: Positions | None = None
 
     @property
     def arrays(self) -> dict[str, Array]:
         """Every array held, by name."""
-        return self.payload if self.exact is None else {**self.payload, "exact": self.exact}
+        coded = self._coded
+        return coded if self.exact is None else {**coded, "exact": self.exact}
+
+    @property
+    def _coded(self) -> dict[str, Array]:
+        if self.positions is None:
+            return self.payload
+        return {**self.payload, "positions": self.positions.places}
 
     def moved(self, xp: Namespace, device: Any) -> CompressedTensor:
         """Return the tensor in another namespace, or on another device of it."""
         payload = {name: convert(a, xp, device) for name, a in self.payload.items()}
         exact = None if self.exact is None else convert(self.exact, xp, device)
-        return replace(self, payload=payload, exact=exact)
+        positions = self.positions
+        if positions is not None:
+            positions = replace(positions, places=convert(positions.places, xp, device))
+        return replace(self, payload=payload, exact=exact, positions=positions)
 
     @property
     def coded_nbytes(self) -> int:
-        """Bytes of the payload."""
-        return nbytes_of(self.payload.values())
+        """Bytes of the payload and of positions."""
+        return nbytes_of(self._coded.values())
 
     @property
     def nbytes(self) -> int:

@@ -11,6 +11,7 @@ from kvcompress.compressed.cache import CompressedCache, CompressedLayerGroup
 from kvcompress.compressed.kv import CompressedKV, KVLayout
 from kvcompress.compressor.layer import LayerCodec
 from kvcompress.compressor.layer_group import compress_group, decompress_group
+from kvcompress.compressor.positions import places_of
 from kvcompress.compressor.validation import (
     check_alike,
     check_cache,
@@ -50,7 +51,7 @@ class CacheCodec:
             codec = self.layer(i)
             sinks = _sinks(codec, places[i])
             codec = codec if sinks == codec.sinks else replace(codec, sinks=sinks)
-            parts.append(codec.compress(k, v, KVLayout.BATCHED))
+            parts.append(codec.compress(k, v, KVLayout.BATCHED, places_of(places[i])))
         return CompressedCache(tuple(parts), tuple((i,) for i in range(len(parts))))
 
     def _compress_groups(

@@ -12,6 +12,7 @@ from kvcompress.compressed.cache import CompressedCache
 from kvcompress.compressed.kv import CompressedKV, KVLayout
 from kvcompress.compressor.cache import CacheCodec
 from kvcompress.compressor.layer import LayerCodec
+from kvcompress.compressor.positions import check_places
 from kvcompress.compressor.size import Shape, cache_size, layer_size
 from kvcompress.compressor.validation import check_pair
 from kvcompress.errors import LayoutError, SettingError, check_choice, check_integer, normalize
@@ -112,24 +113,31 @@ class KVCacheCompressor:
         if self.nonfinite not in ("raise", "saturate"):
             raise SettingError(f'nonfinite must be "raise" or "saturate", got {self.nonfinite!r}')
 
-    def compress_kv(self, k: Array, v: Array, /) -> CompressedKV:
+    def compress_kv(
+        self, k: Array, v: Array, /, *, positions: Array | int | None = None
+    ) -> CompressedKV:
         """Compress keys and values ``[batch, num_heads, seq_len, head_dim]``.
 
         Parameters
         ----------
         k, v : arrays of one library, dtype (float16, bfloat16, float32) and device
             They agree in all sizes but head_dim. They are not changed.
+        positions : int or integer array ``[]`` or ``[seq_len]``, optional
+            Where the first token stands in the text, where the others follow one another, or every
+            token; 0 if left out. Only a method with a `Method.rope` looks at it.
 
         Raises
         ------
         NamespaceError, ShapeError, DTypeError, NonFiniteError, SettingError
             Before anything is computed.
         """
-        return self._compress(k, v, KVLayout.BATCHED, ndim=4)
+        return self._compress(k, v, KVLayout.BATCHED, 4, positions)
 
-    def compress_kv_3d(self, k: Array, v: Array, /) -> CompressedKV:
+    def compress_kv_3d(
+        self, k: Array, v: Array, /, *, positions: Array | int | None = None
+    ) -> CompressedKV:
         """Compress keys and values ``[num_heads, seq_len, head_dim]``; see `compress_kv`."""
-        return self._compress(k, v, KVLayout.UNBATCHED, ndim=3)
+        return self._compress(k, v, KVLayout.UNBATCHED, 3, positions)
 
     def decompress_kv(self, compressed: CompressedKV, /) -> tuple[Array, Array]:
         """Restore keys and values ``[batch, num_heads, seq_len, head_dim]``.
@@ -265,7 +273,7 @@ class KVCacheCompressor:
         """
         read = getattr(cache, "paged_compressed_kv", cache.get_compressed_kv)
         k, v = read(layer, seq_id)
-        return self._compress(k, v, KVLayout.LATENT, ndim=3)
+        return self._compress(k, v, KVLayout.LATENT, 3)
 
     def decompress_to_mla_cache(
         self, compressed: CompressedKV, cache: LatentCache, layer: int, seq_id: Any
@@ -291,7 +299,8 @@ class KVCacheCompressor:
     ) -> int:
         """Bytes that `nbytes` of the result will be, from shapes alone.
 
-        Exact for a `Method`; an upper bound, which is seldom nearly met, for a `CacheMethod`.
+        Exact for a `Method`, of tokens that follow one another; an upper bound, which is seldom
+        nearly met, for a `CacheMethod`.
 
         Parameters
         ----------
@@ -322,9 +331,17 @@ class KVCacheCompressor:
         codec = self.layer_codec(dispatch)
         return CacheCodec(lambda _: codec, together)
 
-    def _compress(self, k: Array, v: Array, layout: KVLayout, *, ndim: int) -> CompressedKV:
+    def _compress(
+        self,
+        k: Array,
+        v: Array,
+        layout: KVLayout,
+        ndim: int,
+        positions: Array | int | None = None,
+    ) -> CompressedKV:
         check_pair(k, v, layout, ndim)
-        return self.layer_codec(select(self.backend)).compress(k, v, layout)
+        places = check_places(positions, k.shape[-2])
+        return self.layer_codec(select(self.backend)).compress(k, v, layout, places)
 
     def _decompress(self, compressed: CompressedKV, layout: KVLayout) -> tuple[Array, Array]:
         if not isinstance(compressed, CompressedKV):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kvcompress.arrays import Array, dtype_name
 from kvcompress.backend import Dispatcher
 from kvcompress.compressed.kv import CompressedKV, CompressedTensor, KVLayout
+from kvcompress.compressor.positions import Places
 from kvcompress.compressor.tensor import decode, encode, readable, split_spec
 from kvcompress.compressor.validation import check_finite
 from kvcompress.errors import SettingError
@@ -35,8 +36,8 @@ class LayerCodec:
     nonfinite: str
     dispatch: Dispatcher
 
-    def compress(self, k: Array, v: Array, layout: KVLayout) -> CompressedKV:
-        """Compress keys and values that `check_pair` has passed.
+    def compress(self, k: Array, v: Array, layout: KVLayout, places: Places = 0) -> CompressedKV:
+        """Compress keys and values that `check_pair` has passed, of tokens at `places`.
 
         Raises
         ------
@@ -59,7 +60,15 @@ class LayerCodec:
             read.append((role, method, readable(x, method, self.dispatch)))
         finite = [(r, m, check_finite(x, r, self.dispatch, self.nonfinite)) for r, m, x in read]
         keys, values = (
-            encode(x, role, method, self.dispatch, sinks=self.sinks, window=self.window)
+            encode(
+                x,
+                role,
+                method,
+                self.dispatch,
+                sinks=self.sinks,
+                window=self.window,
+                places=places,
+            )
             for role, method, x in finite
         )
         sinks = min(self.sinks, k.shape[-2])

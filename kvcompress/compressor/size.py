@@ -35,6 +35,8 @@ def layer_size(codec: LayerCodec, key_shape: Shape, value_shape: Shape, dtype: s
             )
         coded, exact = split_spec(shape, dtype, exact=codec.sinks + codec.window)
         encoded = method.encoded_spec(coded, role)
+        if role == "keys" and method.rope is not None:
+            total += itemsize("int32")  # position of the first
         total += exact.nbytes + sum(spec.nbytes for spec in encoded.values())
     return total
 

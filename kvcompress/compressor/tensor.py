@@ -10,6 +10,7 @@ import math
 from kvcompress.arrays import Array, array_namespace, dtype_name
 from kvcompress.backend import Dispatcher
 from kvcompress.compressed.kv import CompressedTensor
+from kvcompress.compressor.positions import Places, check_positions, locate, with_rope, without_rope
 from kvcompress.compressor.validation import LARGEST, check_payload
 from kvcompress.errors import PayloadError
 from kvcompress.methods.base import Method, Role, TensorSpec
@@ -38,23 +39,37 @@ def readable(x: Array | Paged, method: Method, dispatch: Dispatcher) -> Array | 
 
 
 def encode(
-    x: Array | Paged, role: Role, method: Method, dispatch: Dispatcher, *, sinks: int, window: int
+    x: Array | Paged,
+    role: Role,
+    method: Method,
+    dispatch: Dispatcher,
+    *,
+    sinks: int,
+    window: int,
+    places: Places = 0,
 ) -> CompressedTensor:
-    """Compress a tensor but for its first `sinks` and last `window` tokens, or all it has."""
+    """Compress a tensor but for its first `sinks` and last `window` tokens, or all it has.
+
+    Its tokens stand at `places`; keys go to the method without its RoPE.
+    """
     xp = array_namespace(x)
     coded, exact = split_spec(x.shape, dtype_name(x.dtype), exact=sinks + window)
     if x.ndim != 3:
         x = xp.reshape(x, _fold(x.shape))
-    kept = None
+    kept, start, tokens = None, min(sinks, x.shape[1]), x.shape[1]
     if sinks or window:
-        start = min(sinks, x.shape[1])
         end = x.shape[1] - (exact.shape[1] - start)
         kept = xp.concat([dispatch.array(x[:, :start, :]), dispatch.array(x[:, end:, :])], axis=1)
         x = x[:, start:end, :]
+    positions, rope = None, method.rope if role == "keys" else None
+    if rope is not None:
+        where = slice(start, start + coded.shape[1])
+        positions = locate(places, x, coded=where, tokens=tokens, rope=rope)
+        x = without_rope(x, rope, positions, dispatch)
     payload = method.encode(x, role, dispatch)
     payload = {name: payload[name] for name in sorted(payload)}  # as a pytree orders it
     ndim = next(iter(payload.values())).ndim
-    return CompressedTensor(payload, kept, method.detach(), role, coded, ndim)
+    return CompressedTensor(payload, kept, method.detach(), role, coded, ndim, positions)
 
 
 def decode(
@@ -77,7 +92,11 @@ def decode(
     method = tensor.method.attach(known)
     check_payload(tensor.payload, method.encoded_spec(tensor.spec, tensor.role))
     exact = _checked_exact(tensor, shape, sinks)
+    rope = method.rope if tensor.role == "keys" else None
+    check_positions(tensor.positions, tensor.spec.shape[1], rope)
     x = method.decode(tensor.payload, tensor.spec, tensor.role, dispatch)
+    if rope is not None and tensor.positions is not None:
+        x = with_rope(x, rope, tensor.positions, dispatch)
     x = dispatch(cast, x, dtype=tensor.spec.dtype)
     xp = array_namespace(x)
     if exact is not None:

@@ -20,12 +20,6 @@ TOKENS = 1 << 53
 _SIZE = 1 << 24
 """Most heads, and channels of a head."""
 
-_MAGNITUDE = 2.0**6
-"""Most that an embedding may stretch keys: what is accepted then fits float32."""
-
-_FREQUENCY = 2.0**64
-"""Most radians a token."""
-
 _INVERSE = 2.0**26
 """Largest number of an inverse of the metric: numbers below it vanish in float16."""
 
@@ -137,4 +131,4 @@ def check_parameters(group: LayerGroup, arrays: Mapping[str, HostArray]) -> None
 def _check_embeddings(group: LayerGroup) -> None:
     """Check that rotary embeddings are finite, now that their sizes are those of arrays."""
     for rope in {shape.rope for shape in group.shapes if shape.rope is not None}:
-        rope.check_finite(frequency=_FREQUENCY, magnitude=_MAGNITUDE)
+        rope.check_finite()

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from kvcompress.arrays import Array, HostArray, Namespace, array_namespace, device, kept
+from kvcompress.arrays import (
+    Array,
+    HostArray,
+    Namespace,
+    array_namespace,
+    astype,
+    device,
+    kept,
+)
 from kvcompress.backend import Dispatcher
 from kvcompress.calibration.parameters import LayerParameters, RoleParameters
 from kvcompress.errors import SettingError
 from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
 from kvcompress.methods._heads import join_batch, join_heads, split_batch, split_heads
+from kvcompress.methods._norm_bytes import USUAL, norm_bytes, octaves, power_of_two
 from kvcompress.methods.base import Payload, Role, TensorSpec
 from kvcompress.ops.casting import cast
 from kvcompress.ops.product import decode_product, encode_product
-
-NORM_STEP = 12 / 254
-"""Octaves between the norms that neighbouring bytes stand for: 12 in all, about the mean."""
 
 
 def encoded_spec(
@@ -38,8 +43,7 @@ def encoded_spec(
         )
     rows = heads // known_heads * units
     payload = {"codes": TensorSpec((rows, tokens, len(part.codebooks)), "uint8")}
-    if role == "values":
-        payload["norms"] = TensorSpec((heads, tokens), "uint8")
+    payload["norms"] = TensorSpec((heads, tokens), "uint8")
     return payload
 
 
@@ -50,21 +54,29 @@ def encode(
     xp, tables = array_namespace(x), _tables(parameters, role, like=x)
     batch, tokens = x.shape[0] // tables.heads, x.shape[1]
     full = dispatch(cast, x, dtype="float32")
-    if role == "values":
-        scaled, norm, peak = norms(full)
+    scaled, norm, peak = norms(full)
+    if role == "keys":
+        byte = _key_bytes(tables, norm[..., 0], peak[..., 0])
+        gain = _key_gains(byte)
+        full = full * inverse(gain)[..., None]
+    else:
         full = scaled * inverse(norm)
     y = join_batch(join_heads(full, tables.together), tables.units) @ tables.forward
     codes = dispatch(encode_product, y, *tables.codebooks)
     payload = {"codes": split_batch(codes, batch, tokens)}
     if role == "values":
-        direction = _directions(tables, payload["codes"], dispatch)
-        gain = best_gain(*(xp.vecdot(a, direction)[..., None] for a in (full, direction)))
-        payload["norms"] = _norm_bytes((norm * gain * peak)[..., 0], tables.log_norm(x))
+        byte = _value_bytes(tables, full, payload["codes"], norm, peak, dispatch)
+    payload["norms"] = xp.astype(byte, xp.uint8)
 
     def errors() -> Array:
         error = y - dispatch(decode_product, codes, *tables.codebooks)
+        error = split_batch(error, batch, tokens)
+        if role == "keys":
+            # Of a unit, the head of the largest gain errs most, and is what must be kept.
+            heads = xp.reshape(gain, (error.shape[0], tables.together, tokens))
+            error = error * xp.max(heads, axis=1)[..., None]
         error = xp.clip(error, -(2.0**60), 2.0**60)
-        return split_batch(xp.vecdot(error, error)[..., None], batch, tokens)[..., 0]
+        return xp.vecdot(error, error)
 
     return payload, errors
 
@@ -75,9 +87,9 @@ def decode(
     """Tensor ``[heads, tokens, head_dim]``, float32."""
     tables = _tables(parameters, role, like=payload["codes"])
     x = _directions(tables, payload["codes"], dispatch)
-    if role == "keys":
-        return x
-    x *= _norms(payload["norms"], tables.log_norm(x))[..., None]
+    byte = astype(payload["norms"], "float32")
+    gain = _key_gains(byte) if role == "keys" else _norms(tables, byte)
+    x *= gain[..., None]
     return x
 
 
@@ -99,18 +111,39 @@ def _directions(tables: _Tables, codes: Array, dispatch: Dispatcher) -> Array:
     return split_heads(split_batch(x, batch, tokens), tables.together)
 
 
-def _norm_bytes(norm: Array, log_norm: Array) -> Array:
-    """Bytes for norms ``[heads, tokens]``: 0 for zero, else 1 to 255 by the logarithm."""
+def _key_bytes(tables: _Tables, norm: Array, peak: Array) -> Array:
+    """Bytes, float32, of the norms of keys over `peak`: as usual in the range of the codebooks."""
     xp = array_namespace(norm)
-    octave = xp.log2(xp.where(norm > 0, norm, 1.0)) - log_norm
-    byte = xp.clip(xp.round(octave / NORM_STEP) + 128.0, 1.0, 255.0)
-    return xp.astype(xp.where(norm > 0, byte, 0.0), xp.uint8)
+    usual, low, high = tables.of_heads(tables.host_key_norms, norm)
+    log_norm = xp.log2(xp.where(norm > 0, norm, 1.0)) + xp.log2(peak)
+    within = (log_norm >= low) & (log_norm <= high)
+    byte = xp.where(within, float(USUAL), norm_bytes(log_norm, usual))
+    return xp.where(norm > 0, byte, 0.0)
 
 
-def _norms(byte: Array, log_norm: Array) -> Array:
+def _key_gains(byte: Array) -> Array:
+    """What the keys that were coded are multiplied by."""
     xp = array_namespace(byte)
-    octave = (xp.astype(byte, xp.float32) - 128.0) * NORM_STEP + log_norm
-    return xp.where(byte > 0, xp.exp(octave * math.log(2.0)), 0.0)
+    return xp.where(byte > 0, power_of_two(octaves(byte)), 0.0)
+
+
+def _value_bytes(
+    tables: _Tables, unit: Array, codes: Array, norm: Array, peak: Array, dispatch: Dispatcher
+) -> Array:
+    """Bytes, float32, of the norms that bring the directions of values closest."""
+    xp, direction = array_namespace(unit), _directions(tables, codes, dispatch)
+    gain = best_gain(*(xp.vecdot(a, direction)[..., None] for a in (unit, direction)))
+    norm = (norm * gain)[..., 0]
+    (usual,) = tables.of_heads(tables.host_log_norm[:, None], norm)
+    log_norm = xp.log2(xp.where(norm > 0, norm, 1.0)) + xp.log2(peak[..., 0])
+    return xp.where(norm > 0, norm_bytes(log_norm, usual), 0.0)
+
+
+def _norms(tables: _Tables, byte: Array) -> Array:
+    """Norms of values."""
+    xp = array_namespace(byte)
+    (usual,) = tables.of_heads(tables.host_log_norm[:, None], byte)
+    return xp.where(byte > 0, power_of_two(octaves(byte) + usual), 0.0)
 
 
 @dataclass(frozen=True)
@@ -122,6 +155,7 @@ class _Tables:
     backward: Array
     offset: Array
     host_log_norm: HostArray
+    host_key_norms: HostArray
     units: int
 
     @property
@@ -133,10 +167,12 @@ class _Tables:
         """Heads in a unit."""
         return self.heads // self.units
 
-    def log_norm(self, like: Array) -> Array:
-        """Logarithms of typical norms, ``[batch * heads, 1]``."""
-        known = np.tile(self.host_log_norm, like.shape[0] // self.heads)
-        return array_namespace(like).asarray(known, device=device(like))[:, None]
+    def of_heads(self, known: HostArray, like: Array) -> tuple[Array, ...]:
+        """Columns of ``known [heads, columns]``, each ``[batch * heads, 1]`` and beside `like`."""
+        xp, batch = array_namespace(like), like.shape[0] // self.heads
+        return tuple(
+            xp.asarray(np.tile(column, batch), device=device(like))[:, None] for column in known.T
+        )
 
 
 @kept(maxsize=1024)
@@ -148,4 +184,5 @@ def _tables(parameters: LayerParameters, role: Role, xp: Namespace, where: Any) 
 
     books = tuple(map(move, part.codebooks))
     forward, backward, offset = map(move, (part.forward, part.backward, part.offset))
-    return _Tables(forward, books, backward, offset, parameters.log_norm, len(part.forward))
+    norms_known = parameters.log_norm, parameters.key_norms
+    return _Tables(forward, books, backward, offset, *norms_known, len(part.forward))

@@ -13,6 +13,7 @@ from kvcompress.arrays import Array, array_namespace, dtype_name, is_concrete, i
 from kvcompress.backend import Dispatcher
 from kvcompress.errors import PayloadError, SettingError
 from kvcompress.methods.registry import known, register
+from kvcompress.rope import RoPE
 
 Role: TypeAlias = Literal["keys", "values"]
 Payload: TypeAlias = dict[str, Array]
@@ -107,6 +108,15 @@ class Method(ABC):
         """
         return None
 
+    @property
+    def rope(self) -> RoPE | None:
+        """The rotary embedding that keys are to be given without, if any.
+
+        Who calls `encode` undoes it of the keys first, and does it again of what `decode` returns,
+        at the same positions.
+        """
+        return None
+
     @abstractmethod
     def encoded_spec(self, spec: TensorSpec, role: Role) -> Mapping[str, TensorSpec]:
         """Name, shape and dtype of every array of the payload, before anything is encoded.
@@ -119,11 +129,11 @@ class Method(ABC):
 
     @abstractmethod
     def encode(self, x: Array, role: Role, dispatch: Dispatcher) -> Payload:
-        """Compress ``x [heads, tokens, head_dim]``."""
+        """Compress ``x [heads, tokens, head_dim]``; keys without `rope`."""
 
     @abstractmethod
     def decode(self, payload: Payload, spec: TensorSpec, role: Role, dispatch: Dispatcher) -> Array:
-        """Restore the tensor of shape `spec.shape`, in float32 or in its dtype."""
+        """Restore the tensor of shape `spec.shape`, in float32 or in its dtype; see `rope`."""
 
     def bind(self, quant_bits: int) -> Self:
         """Fill in the compressor's `quant_bits` where the settings leave them open."""

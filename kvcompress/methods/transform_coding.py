@@ -23,6 +23,7 @@ from kvcompress.methods import _own_transform, _trained_transform
 from kvcompress.methods._heads import join_heads, split_heads
 from kvcompress.methods.base import Method, Payload, Role, TensorSpec
 from kvcompress.ops.outliers import gather_rows, largest, put_rows
+from kvcompress.rope import RoPE
 
 LEAST, MOST = 0.25, 8.0
 """Bits per value that can be asked for."""
@@ -37,7 +38,10 @@ class TransformCoding(Method):
 
     With a calibration, keys go to the basis in which the squared error of the coefficients is the
     mean square error of the attention logits, and their covariance is diagonal; values are divided
-    by their norms, which take a byte each, and go to their principal components. The components are
+    by their norms, which take a byte each, and go to their principal components. Keys of norms that
+    the calibration did not see are coded as usual ones, and their norms take a byte too. Where the
+    calibration knows the model's RoPE, it is undone of the keys, and so positions do not matter
+    (Hooper et al. 2024, arXiv 2401.18079). The components are
     dealt out into sub-vectors that deserve a byte each, by reverse water-filling (Cover and Thomas,
     Elements of Information Theory, section 10.3.3) with one water level for keys and values; a byte
     names the nearest of 256 centroids trained on real tokens. Bases and codebooks belong to the
@@ -60,7 +64,8 @@ class TransformCoding(Method):
         fingerprint alone, as what is compressed carries it, can be compared but not used.
     exact : float
         Share of the tokens of every unit whose keys are coded worst and so kept as they are, in
-        [0, 1]; each costs its dtype and 32 bits. Worth more than the same bits in codes.
+        [0, 1], up to the rounding of their dtype if RoPE is undone; each costs its dtype and 32
+        bits. Worth more than the same bits in codes.
     scope : {"head", "layer"}
         What a calibration codes together: the heads of a layer have much in common, so all of them
         take less; a head by itself can be read without the others.
@@ -108,6 +113,20 @@ class TransformCoding(Method):
         if isinstance(self.calibration, LayerStatistics):
             return train(self.calibration, self.bits, self.scope)
         return self.calibration
+
+    @property
+    def rope(self) -> RoPE | None:
+        """The rotary embedding that the calibration has undone.
+
+        Raises
+        ------
+        CalibrationError
+            If only a fingerprint is known.
+        """
+        if isinstance(self.calibration, LayerStatistics):
+            return self.calibration.rope
+        parameters = self.parameters
+        return parameters.rope if parameters else None
 
     @property
     def fingerprint(self) -> str | None:

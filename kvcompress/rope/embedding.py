@@ -21,6 +21,12 @@ from kvcompress.errors import (
 from kvcompress.rope.config import read_rope
 from kvcompress.rope.scaling import RopeScaling, base_frequencies
 
+_MAGNITUDE = 2.0**6
+"""Most that keys read from files may be stretched: what is accepted then fits float32."""
+
+_FREQUENCY = 2.0**64
+"""Most radians a token, in files."""
+
 
 @dataclass(frozen=True)
 class RoPE:
@@ -178,7 +184,7 @@ class RoPE:
     def _rotate(self, x: Array, positions: Array, seq_len: int | None, forward: bool) -> Array:
         xp = array_namespace(x, positions)
         self._check(x, positions, xp)
-        frequencies = xp.asarray(self._frequencies(seq_len), device=device(x))
+        frequencies = xp.asarray(self.frequencies(seq_len), device=device(x))
         angle = xp.astype(positions, xp.float32)[..., None] * frequencies
         cos, sin = xp.cos(angle), xp.sin(angle)
         if self.magnitude != 1.0:
@@ -201,35 +207,34 @@ class RoPE:
             return rotated
         return xp.concat([rotated, x[..., self.dim :]], axis=-1)
 
-    def check_finite(self, *, frequency: float, magnitude: float) -> None:
-        """Check that what is rotated stays finite, short sequences and long ones.
-
-        Parameters
-        ----------
-        frequency : float
-            Most radians per token.
-        magnitude : float
-            Most that `apply` or `undo` may multiply by.
+    def check_finite(self) -> None:
+        """Check that what is rotated stays finite, in short sequences and in long ones.
 
         Raises
         ------
         SettingError
         """
-        if not 1 / magnitude <= self.magnitude <= magnitude:
+        if not 1 / _MAGNITUDE <= self.magnitude <= _MAGNITUDE:
             raise SettingError(
-                f"the magnitude of a RoPE must be from {1 / magnitude:g} to {magnitude:g}, "
+                f"the magnitude of a RoPE must be from {1 / _MAGNITUDE:g} to {_MAGNITUDE:g}, "
                 f"got {self.magnitude:g}"
             )
         for seq_len in (1, 1 << 24):
             with np.errstate(all="ignore"):
-                found = float(np.max(np.abs(self._frequencies(seq_len))))
-            if not found <= frequency:
+                found = float(np.max(np.abs(self.frequencies(seq_len))))
+            if not found <= _FREQUENCY:
                 raise SettingError(
-                    f"a RoPE may turn {frequency:g} radians per token, got {found:g}"
+                    f"a RoPE may turn {_FREQUENCY:g} radians per token, got {found:g}"
                 )
 
-    def _frequencies(self, seq_len: int | None) -> np.ndarray[Any, Any]:
-        """Radians per token of every pair."""
+    def frequencies(self, seq_len: int | None = None) -> np.ndarray[Any, Any]:
+        """Radians per token of every pair, float32 ``[dim / 2]``, on the host.
+
+        Raises
+        ------
+        SettingError
+            If `seq_len` is needed (see `apply`) and missing, or no positive integer.
+        """
         if seq_len is not None:
             check_integer("seq_len", seq_len, 1)
         if self.scaling is None:

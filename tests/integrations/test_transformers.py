@@ -29,7 +29,7 @@ from transformers import (
     StaticCache,
 )
 
-from kvcompress import Calibration, CrossLayerCalibration
+from kvcompress import Calibration, CrossLayerCalibration, RoPE
 from kvcompress.cli.app import app
 from kvcompress.errors import ShapeError, UnsupportedModel
 from kvcompress.evaluation.continuation import Continuation
@@ -386,7 +386,10 @@ def test_calibrate_gathers_what_the_model_computes(directory, text, calibration)
     lm = load_model(directory)
     chunks = lm.chunks(text.read_text(), 64)
     order = np.random.default_rng(0).permutation(len(chunks))[:10]
-    k = torch.cat([capture(lm, chunks[i])[1][0][0, :, 4:] for i in order], dim=1).double()
+    rope = RoPE.from_config(lm.model.config, layer=1)
+    assert known[1].rope == rope
+    captured = (capture(lm, chunks[i])[1][0][0] for i in order)
+    k = torch.cat([rope.undo(k, torch.arange(64))[:, 4:] for k in captured], dim=1).double()
     np.testing.assert_allclose(known[1].key_mean, k.mean(1).numpy(), rtol=1e-4, atol=1e-5)
 
 
