@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -44,13 +43,7 @@ SUMS: Mapping[str, ArrayRule] = {
 """Arrays of a layer of a `Calibration`."""
 
 _LARGEST = 2.0**127
-"""Largest number that is to be restored."""
-
-_OCTAVES = 6
-"""By how many octaves a norm of a value exceeds that which is usual, with room to spare."""
-
-_OVERSHOOT = 2.0**60
-"""Largest ratio of a key to what was coded: one of 2**60 is still restored as a finite one."""
+"""Codes stand for less than this; norms, by which that is multiplied, saturate."""
 
 
 def check_sums(arrays: Mapping[str, HostArray], rows: int, where: str) -> None:
@@ -133,6 +126,11 @@ def check_parameters(arrays: Mapping[str, HostArray], where: str = "") -> None:
         f"array {where}log_norm must be of a multiple of the {units} units of the bases, "
         f"got {heads} heads",
     )
+    usual, low, high = arrays["key_norms"].T
+    require(
+        bool(np.all((low <= usual) & (usual <= high))),
+        f"array {where}key_norms must have a usual norm between the least and the largest",
+    )
     for role, names in books.items():
         dims = [sizes[f"{name}_dim"] for name in names]
         components, dim = sizes[f"{role}_components"], sizes[f"{role}_dim"]
@@ -144,35 +142,17 @@ def check_parameters(arrays: Mapping[str, HostArray], where: str = "") -> None:
             dim > 0 and dim % (heads // units) == 0,
             f"basis {where}{role} must be of {heads // units} heads each, got {dim} channels",
         )
-        largest = _reach([arrays[name] for name in names], arrays, role)
-        if role == "keys":
-            _check_norms(arrays["key_norms"], largest, where)
-        else:
-            largest *= 2.0 ** (max(0.0, float(arrays["log_norm"].max())) + _OCTAVES)
+        matrices = (arrays[f"{role}.{name}"] for name in ("backward", "offset"))
+        largest = reach([arrays[name] for name in names], *matrices)
         require(
             largest < _LARGEST,
             f"arrays {where}{role} restore numbers up to {largest:.3g}, more than {_LARGEST:.3g}",
         )
 
 
-def _check_norms(norms: HostArray, largest: float, where: str) -> None:
-    """Check norms of keys, of which those decoded are `largest` at most, and then multiplied."""
-    usual, low, high = norms.T
-    require(
-        bool(np.all((low <= usual) & (usual <= high))),
-        f"array {where}key_norms must have a usual norm between the least and the largest",
-    )
-    most = largest * 2.0 ** -float(np.min(usual, initial=0.0))
-    require(
-        most <= _OVERSHOOT,
-        f"arrays {where}keys restore {most:.3g} times the norm of a key, more than {_OVERSHOOT:g}",
-    )
-
-
-def _reach(books: list[HostArray], arrays: Mapping[str, HostArray], role: str) -> float:
-    """Return the largest magnitude that the codes of a role can stand for, as a bound."""
+def reach(books: Sequence[HostArray], backward: HostArray, offset: HostArray) -> float:
+    """Return the largest magnitude that codes can stand for, as a bound."""
     peaks = np.concatenate([np.max(np.abs(book), axis=1) for book in books], axis=1)
-    rows = np.max(np.abs(arrays[f"{role}.backward"]), axis=2)
+    rows = np.max(np.abs(backward), axis=2)
     sums = np.sum(peaks.astype(np.float64) * rows, axis=1)
-    offset = np.max(np.abs(arrays[f"{role}.offset"]), initial=0.0)
-    return float(np.max(sums, initial=0.0) + offset) if math.isfinite(offset) else math.inf
+    return float(np.max(sums, initial=0.0)) + float(np.max(np.abs(offset), initial=0.0))

@@ -20,7 +20,7 @@ GROWTH = 0.0826
 which is all that float32 and bfloat16 can hold; at 100 times the usual norm a step is 0.4."""
 
 LARGEST = 125.0
-"""Largest binary logarithm of a norm, or of a ratio of norms, that is decoded."""
+"""Largest binary logarithm of a number that is decoded."""
 
 
 def norm_bytes(log_norm: Array, usual: Array) -> Array:
@@ -48,7 +48,7 @@ def octaves(byte: Array) -> Array:
     return STEP * xp.sign(steps) * xp.where(size > EQUAL, far, size)
 
 
-def power_of_two(exponent: Array) -> Array:
-    """Two to the power of numbers, those beyond float32 saturated; 1 exactly for 0."""
+def power_of_two(exponent: Array, most: float) -> Array:
+    """Two to the power of numbers, those above `most` saturated; 1 exactly for 0."""
     xp = array_namespace(exponent)
-    return xp.exp(xp.clip(exponent, -LARGEST, LARGEST) * math.log(2.0))
+    return xp.exp(xp.clip(exponent, -LARGEST, most) * math.log(2.0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +19,12 @@ from kvcompress.arrays import (
     kept,
 )
 from kvcompress.backend import Dispatcher
+from kvcompress.calibration.format import reach
 from kvcompress.calibration.parameters import LayerParameters, RoleParameters
 from kvcompress.errors import SettingError
 from kvcompress.methods._gain_shape import Errors, best_gain, inverse, norms
 from kvcompress.methods._heads import join_batch, join_heads, split_batch, split_heads
-from kvcompress.methods._norm_bytes import USUAL, norm_bytes, octaves, power_of_two
+from kvcompress.methods._norm_bytes import LARGEST, USUAL, norm_bytes, octaves, power_of_two
 from kvcompress.methods.base import Payload, Role, TensorSpec
 from kvcompress.ops.casting import cast
 from kvcompress.ops.product import decode_product, encode_product
@@ -57,7 +59,7 @@ def encode(
     scaled, norm, peak = norms(full)
     if role == "keys":
         byte = _key_bytes(tables, norm[..., 0], peak[..., 0])
-        gain = _key_gains(byte)
+        gain = _key_gains(tables, byte)
         full = full * inverse(gain)[..., None]
     else:
         full = scaled * inverse(norm)
@@ -88,7 +90,7 @@ def decode(
     tables = _tables(parameters, role, like=payload["codes"])
     x = _directions(tables, payload["codes"], dispatch)
     byte = astype(payload["norms"], "float32")
-    gain = _key_gains(byte) if role == "keys" else _norms(tables, byte)
+    gain = _key_gains(tables, byte) if role == "keys" else _norms(tables, byte)
     x *= gain[..., None]
     return x
 
@@ -121,10 +123,10 @@ def _key_bytes(tables: _Tables, norm: Array, peak: Array) -> Array:
     return xp.where(norm > 0, byte, 0.0)
 
 
-def _key_gains(byte: Array) -> Array:
+def _key_gains(tables: _Tables, byte: Array) -> Array:
     """What the keys that were coded are multiplied by."""
     xp = array_namespace(byte)
-    return xp.where(byte > 0, power_of_two(octaves(byte)), 0.0)
+    return xp.where(byte > 0, power_of_two(octaves(byte), tables.most), 0.0)
 
 
 def _value_bytes(
@@ -143,7 +145,7 @@ def _norms(tables: _Tables, byte: Array) -> Array:
     """Norms of values."""
     xp = array_namespace(byte)
     (usual,) = tables.of_heads(tables.host_log_norm[:, None], byte)
-    return xp.where(byte > 0, power_of_two(octaves(byte) + usual), 0.0)
+    return xp.where(byte > 0, power_of_two(octaves(byte) + usual, tables.most), 0.0)
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,8 @@ class _Tables:
     host_log_norm: HostArray
     host_key_norms: HostArray
     units: int
+    most: float
+    """Largest binary logarithm of a norm by which what is decoded stays finite, rotated too."""
 
     @property
     def heads(self) -> int:
@@ -185,4 +189,8 @@ def _tables(parameters: LayerParameters, role: Role, xp: Namespace, where: Any) 
     books = tuple(map(move, part.codebooks))
     forward, backward, offset = map(move, (part.forward, part.backward, part.offset))
     norms_known = parameters.log_norm, parameters.key_norms
-    return _Tables(forward, books, backward, offset, *norms_known, len(part.forward))
+    largest = reach(part.codebooks, part.backward, part.offset)
+    if role == "keys" and parameters.rope is not None:
+        largest *= parameters.rope.magnitude
+    most = LARGEST - math.log2(max(1.0, largest))
+    return _Tables(forward, books, backward, offset, *norms_known, len(part.forward), most)
