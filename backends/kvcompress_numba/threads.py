@@ -30,7 +30,8 @@ def kernel(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function that does units ``start`` to ``stop``, its last two arguments.
 
     Before them it gets `scratch`; it can allocate nothing, nor count references, which would
-    keep inner loops from running through.
+    keep inner loops from running through. So arrays come as arguments, however many, because a
+    container of them would be counted; and one loop over all stages keeps a row in the cache.
     """
     compiled: Callable[..., None] = njit(nogil=True, cache=True, error_model="numpy", _nrt=False)(
         function
