@@ -231,7 +231,8 @@ def plan(
     scope : {"head", "layer"}
         Of every `TransformCoding`.
     **options
-        Of `KVCacheCompressor`, such as `sinks` and `window`; exact tokens come on top.
+        Of `KVCacheCompressor`, such as `sinks` and `window`; exact tokens come on top. `sinks` is
+        `Calibration.skip` if left out: what the calibration has not seen is kept exact.
 
     Returns
     -------
@@ -252,6 +253,7 @@ def plan(
         raise SettingError("plan needs either bits, or budget_bytes and tokens")
     shares = _spread(statistics, bits, exact, scope)
     methods = [TransformCoding(shares[i], s, exact, scope) for i, s in statistics.items()]
+    options = {"sinks": calibration.skip, **options}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         trained = list(pool.map(lambda method: method.parameters, methods))
     return Plan(

@@ -69,6 +69,13 @@ def calibrate(rope: RoPE | None, start: int = 0, length: int = 512) -> Calibrati
     return calibration
 
 
+def test_plans_keep_what_the_calibration_skipped():
+    made = Calibration(rows=256, skip=3)
+    made.update(0, *make(300, 0))
+    assert plan(made, bits=2)[0].sinks == 3
+    assert plan(made, bits=2, sinks=1)[0].sinks == 1
+
+
 def relative_error(x, y) -> float:
     x, y = (np.asarray(a, dtype=np.float64) for a in (x, y))
     return float(np.linalg.norm(y - x) / np.linalg.norm(x))

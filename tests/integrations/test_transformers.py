@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 from pathlib import Path
 
@@ -207,6 +208,23 @@ def test_recording_ends_when_the_model_fails(lm):
     with pytest.raises(RuntimeError, match="layer 0"), record_attention(lm.model, fail):
         logits_at_once(lm, [1, 2])
     assert lm.model.config._attn_implementation == before
+
+
+def test_threads_record_and_run_one_model(llama_lm, tokens):
+    inputs, alone = torch.as_tensor(tokens)[None], capture(llama_lm, tokens)
+    logits = llama_lm.model(inputs).logits
+
+    def recorded(_):
+        captured = capture(llama_lm, tokens)
+        pairs = (zip(captured[i], alone[i], strict=True) for i in alone)
+        return all(torch.equal(a, b) for pair in pairs for a, b in pair)
+
+    with ThreadPoolExecutor(4) as pool:
+        records = [pool.submit(recorded, i) for i in range(24)]
+        runs = [pool.submit(llama_lm.model, inputs) for _ in range(24)]
+        assert all(record.result() for record in records)
+        assert all(torch.equal(run.result().logits, logits) for run in runs)
+    assert llama_lm.model.config._attn_implementation == "sdpa"
 
 
 def test_recording_needs_a_known_attention(llama_lm):

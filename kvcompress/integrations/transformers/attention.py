@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 from torch import Tensor
@@ -41,12 +42,17 @@ class AttentionCall:
     attend: Callable[[Tensor, Tensor], Tensor]
 
 
-_record: ContextVar[Callable[[AttentionCall], None]] = ContextVar("record")
+_record: ContextVar[Callable[[AttentionCall], None] | None] = ContextVar("record", default=None)
+
+_one = RLock()
+"""Held while recording, which sets the attention of a model for all threads."""
 
 
 @contextmanager
 def record_attention(model: Any, record: Callable[[AttentionCall], None], /) -> Iterator[None]:
-    """Call `record` whenever a layer of `model` attends.
+    """Call `record` whenever a layer of `model` attends in this thread.
+
+    Threads record one after the other; those that only run the model need not wait.
 
     Raises
     ------
@@ -54,19 +60,20 @@ def record_attention(model: Any, record: Callable[[AttentionCall], None], /) -> 
         If the model attends in another way than "sdpa" or "eager", or not through the attention
         interface of transformers.
     """
-    implementation = model.config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        raise UnsupportedModel(
-            f"the model attends by {implementation!r}; load it with attn_implementation "
-            '"sdpa" or "eager"'
-        )
-    token = _record.set(record)
-    model.set_attn_implementation(_recording(implementation))
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(implementation)
-        _record.reset(token)
+    with _one:
+        implementation = model.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise UnsupportedModel(
+                f"the model attends by {implementation!r}; load it with attn_implementation "
+                '"sdpa" or "eager"'
+            )
+        token = _record.set(record)
+        model.set_attn_implementation(_recording(implementation))
+        try:
+            yield
+        finally:
+            model.set_attn_implementation(implementation)
+            _record.reset(token)
 
 
 def _recording(implementation: str) -> str:
@@ -85,9 +92,11 @@ def _recording(implementation: str) -> str:
             tensors = (x.float() for x in (query, key, value))
             return original(module, *tensors, wide, **options)[0]
 
-        head_dim = query.shape[-1]
-        scale = (options.get("scaling") or head_dim**-0.5) * math.sqrt(head_dim)
-        _record.get()(AttentionCall(module.layer_idx, query * scale, key, value, again))
+        record = _record.get()
+        if record is not None:
+            head_dim = query.shape[-1]
+            scale = (options.get("scaling") or head_dim**-0.5) * math.sqrt(head_dim)
+            record(AttentionCall(module.layer_idx, query * scale, key, value, again))
         return original(module, query, key, value, mask, **options)
 
     AttentionInterface.register(name, attend)
