@@ -30,6 +30,7 @@ from kvcompress.errors import (
     CalibrationError,
     DTypeError,
     NonFiniteError,
+    SettingError,
     ShapeError,
     UnknownLayer,
     check_integer,
@@ -188,7 +189,9 @@ class Calibration:
             raise CalibrationError(
                 f"calibrations to merge need different seeds, both have {self.seed}"
             )
-        merged = Calibration(rows=min(self.rows, other.rows), skip=self.skip, seed=self.seed)
+        merged = Calibration(
+            rows=min(self.rows, other.rows), skip=max(self.skip, other.skip), seed=self.seed
+        )
         for layer in {**self._layers, **other._layers}:
             held = [c for c in (self, other) if layer in c._layers]
             parts = [c._layers[layer] for c in held]
@@ -334,8 +337,12 @@ def _before_rope(
 
     Raises
     ------
-    DTypeError, ShapeError
+    SettingError, DTypeError, ShapeError
     """
+    if not isinstance(rope, RoPE):
+        raise SettingError(f"rope must be a RoPE or None, got {rope!r}")
+    if rope.head_dim != keys.shape[-1]:
+        raise ShapeError(f"rope is for head_dim {rope.head_dim}, but keys have {keys.shape[-1]}")
     count = keys.shape[2]
     places = np.arange(count) if positions is None else to_host(positions)
     if places.shape != (count,) or (queries.size and queries.shape[2] != count):

@@ -123,8 +123,8 @@ class KVCacheCompressor:
         k, v : arrays of one library, dtype (float16, bfloat16, float32) and device
             They agree in all sizes but head_dim. They are not changed.
         positions : int or integer array ``[]`` or ``[seq_len]``, optional
-            Where the first token stands in the text, where the others follow one another, or every
-            token; 0 if left out. Only a method with a `Method.rope` looks at it.
+            Position in the text of the first token, after which the others follow, or of every
+            token; 0 if left out. At most 2**30. Only a method with a `Method.rope` uses it.
 
         Raises
         ------
@@ -340,7 +340,7 @@ class KVCacheCompressor:
         positions: Array | int | None = None,
     ) -> CompressedKV:
         check_pair(k, v, layout, ndim)
-        places = check_places(positions, k.shape[-2])
+        places = check_places(positions, k)
         return self.layer_codec(select(self.backend)).compress(k, v, layout, places)
 
     def _decompress(self, compressed: CompressedKV, layout: KVLayout) -> tuple[Array, Array]:

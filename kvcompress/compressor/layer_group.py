@@ -10,6 +10,7 @@ import numpy as np
 from kvcompress.arrays import Array, HostArray, array_namespace, device, dtype_name, to_host
 from kvcompress.backend import Dispatcher
 from kvcompress.compressed.cache import CompressedLayerGroup
+from kvcompress.compressor.positions import places_of
 from kvcompress.errors import CodingError
 from kvcompress.methods.cache_method import CacheMethod
 from kvcompress.ops.casting import cast
@@ -97,12 +98,11 @@ def compress_group(
     def exact(x: Array) -> Array:
         return xp.concat([x[:, :, :sinks, :], x[:, :, end:, :]], axis=2)
 
-    start = int(positions[0]) if count else 0
-    follow = bool(np.array_equal(positions, start + np.arange(count)))
+    places = places_of(positions)
     compressed = CompressedLayerGroup(
         payload=payload,
         exact=tuple((exact(k), exact(v)) for k, v in pairs),
-        positions=start if follow else place,
+        positions=places if isinstance(places, int) else place,
         method=method.identifier,
         fingerprint=method.fingerprints[group],
         shapes=tuple((tuple(k.shape), tuple(v.shape)) for k, v in pairs),

@@ -17,7 +17,8 @@ from kvcompress.arrays import (
 )
 from kvcompress.backend import Dispatcher
 from kvcompress.compressed.kv import Positions
-from kvcompress.errors import PayloadError, SettingError, ShapeError
+from kvcompress.compressor.validation import FARTHEST, check_token_positions
+from kvcompress.errors import NamespaceError, PayloadError, SettingError, check_integer
 from kvcompress.methods.base import TensorSpec
 from kvcompress.ops.casting import cast
 from kvcompress.rope import RoPE
@@ -26,26 +27,28 @@ Places: TypeAlias = int | Array
 """Position of the first token, where the others follow one another, or of every token."""
 
 
-def check_places(positions: Any, tokens: int) -> Places:
-    """Return positions as given to `compress_kv`, 0 for none.
+def check_places(positions: Any, like: Array) -> Places:
+    """Return positions of the tokens of `like` as given to `compress_kv`, 0 for none.
 
     Raises
     ------
-    SettingError, NamespaceError, ShapeError
-        If they are neither an integer nor an array of integers, one for every token.
+    SettingError, DTypeError, ShapeError
+        If they are neither an integer nor an array of integers, one for every token, or out of
+        range.
+    NamespaceError
+        If they are of another library than `like`, NumPy aside, or on another device.
     """
     if positions is None:
         return 0
-    if isinstance(positions, int | np.integer) and not isinstance(positions, bool):
-        return int(positions)
-    if isinstance(positions, np.ndarray) and positions.dtype.kind in "iu" and not positions.shape:
-        return int(positions)
-    xp = array_namespace(positions)
-    if not xp.isdtype(positions.dtype, "integral"):
-        raise SettingError(f"positions must be integers, got {positions.dtype}")
-    if tuple(positions.shape) not in ((), (tokens,)):
-        raise ShapeError(
-            f"positions must be an integer or [{tokens}], got shape {tuple(positions.shape)}"
+    if not hasattr(positions, "dtype") or isinstance(positions, np.generic):
+        return check_integer("positions", positions, 0, FARTHEST)
+    check_token_positions(positions, (), (like.shape[-2],))
+    if isinstance(positions, np.ndarray):
+        return positions if positions.shape else int(positions)
+    array_namespace(positions, like)
+    if device(positions) != device(like):
+        raise NamespaceError(
+            f"positions must be on {device(like)}, as keys and values, got {device(positions)}"
         )
     return positions
 

@@ -20,12 +20,22 @@ from kvcompress.arrays import (
 )
 from kvcompress.backend import Dispatcher
 from kvcompress.compressed.kv import KVLayout
-from kvcompress.errors import DTypeError, NamespaceError, NonFiniteError, PayloadError, ShapeError
+from kvcompress.errors import (
+    DTypeError,
+    NamespaceError,
+    NonFiniteError,
+    PayloadError,
+    SettingError,
+    ShapeError,
+)
 from kvcompress.methods.base import Payload, Role, TensorSpec
 from kvcompress.ops.bounds import within
 
 LARGEST = 2.0**120
 """Largest magnitude accepted: what is computed from such still fits float32."""
+
+FARTHEST = 2**30
+"""Largest position accepted: those of the tokens that follow still fit int32."""
 
 
 def check_pair(k: Array, v: Array, layout: KVLayout, ndim: int) -> None:
@@ -105,20 +115,37 @@ def positions_of(counts: Sequence[int], positions: Array | None) -> list[HostArr
     ------
     NamespaceError, DTypeError, ShapeError
         If `positions` are not integers, or not one for every token.
+    SettingError
+        If they are out of range.
     """
     if positions is None:
         most = max(counts, default=0)
         return [np.arange(most - count, most) for count in counts]
+    for count in counts:
+        check_token_positions(positions, (count,))
+    return [to_host(positions)] * len(counts)
+
+
+def check_token_positions(positions: Array, *shapes: tuple[int, ...]) -> None:
+    """Check that an array holds positions, and has one of some shapes.
+
+    Raises
+    ------
+    NamespaceError, DTypeError, ShapeError
+    SettingError
+        If they are not from 0 to `FARTHEST`, as far as they can be looked at.
+    """
     xp = array_namespace(positions)
     if not xp.isdtype(positions.dtype, "integral"):
         raise DTypeError(f"positions must be integers, got {dtype_name(positions.dtype)}")
-    for count in counts:
-        if tuple(positions.shape) != (count,):
-            raise ShapeError(
-                f"positions must be [{count}], one for every token of every layer, "
-                f"got shape {tuple(positions.shape)}"
-            )
-    return [to_host(positions)] * len(counts)
+    shape = tuple(positions.shape)
+    if shape not in shapes:
+        accepted = " or ".join(str(list(shape)) for shape in shapes)
+        raise ShapeError(f"positions must be of shape {accepted}, got {list(shape)}")
+    if is_concrete(positions) and 0 not in shape:
+        low, high = int(xp.min(positions)), int(xp.max(positions))
+        if low < 0 or high > FARTHEST:
+            raise SettingError(f"positions must be from 0 to {FARTHEST}, got {low} to {high}")
 
 
 def check_finite(x: Array, role: Role, dispatch: Dispatcher, nonfinite: str) -> Array:

@@ -15,9 +15,10 @@ import os
 import stat
 import struct
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -211,7 +212,7 @@ def _checksum(arrays: Mapping[str, HostArray], form: str, text: str) -> str:
 
 
 @contextlib.contextmanager
-def _open(path: str | PathLike[str]) -> Iterator[BinaryIO]:
+def _open(path: str | PathLike[str]) -> Iterator[BufferedReader]:
     try:
         # Opened without waiting for who would write into a pipe.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _BINARY)
@@ -227,7 +228,7 @@ def _open(path: str | PathLike[str]) -> Iterator[BinaryIO]:
             raise _file_error("read", path, error) from error
 
 
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], int]:
+def _read_header(file: BufferedReader) -> tuple[dict[str, Any], dict[str, str], int]:
     """Entries of the arrays, metadata, and the number of bytes that follow."""
     size = os.fstat(file.fileno()).st_size
     lead = file.read(8)
@@ -282,9 +283,9 @@ def _sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(n) is int and 0 <= n < 1 << 59 for n in values)
 
 
-def _read(file: BinaryIO, dtype: str, shape: tuple[int, ...]) -> HostArray:
+def _read(file: BufferedReader, dtype: str, shape: tuple[int, ...]) -> HostArray:
     x = np.empty(shape, dtype)
-    if file.readinto(_bytes(x)) != x.nbytes:  # type: ignore[attr-defined]
+    if file.readinto(_bytes(x)) != x.nbytes:
         raise CalibrationError("the file ended while it was read")
     return x
 

@@ -130,7 +130,8 @@ class Facts:
         value = self.plain[name]
         if type(value) not in (int, float) or not low <= value <= high:
             self._refuse(name, f"a number from {low:g} to {high:g}")
-        return value  # type: ignore[no-any-return]
+        number: float = value
+        return number
 
     def choice(self, name: str, *choices: str) -> str:
         """Return one of some strings."""

@@ -25,9 +25,9 @@ class RotatedQuantization(Method):
     best in squares. The squared error is about that of a normal source: .363, .117, .0345, .0095 of
     the energy at 1, 2, 3, 4 bits, and a fourth with every further bit.
 
-    Channels of keys are first centred and made more alike (see `kvcompress.ops.channel_reference`):
-    on models with large constant key channels, such as Qwen2.5, rotated quantization is useless
-    without. Offsets and scales take the dtype of the keys and 8 bits per channel. Needs no
+    Channels of keys are first centred and made more alike (see `kvcompress.ops.channel_reference`),
+    because a rotation spreads the error of large constant channels, such as those of Qwen2.5, over
+    all. Offsets and scales take the dtype of the keys and 8 bits per channel. Needs no
     calibration; tokens depend on one another only by these, and by the 8-bit codes of the gains
     of 32 tokens.
 

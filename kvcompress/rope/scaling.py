@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -30,7 +31,7 @@ def _wavelengths(dim: int, theta: float) -> HostArray:
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(ABC):
     """Base of the scalings: what becomes of the frequencies of a `RoPE`.
 
     Frequencies are float32, rounded where transformers rounds them.
@@ -48,12 +49,12 @@ class RopeScaling:
         """What cosines and sines are multiplied by ("attention factor", "mscale")."""
         return 1.0
 
-    def check(self, dim: int, theta: float) -> None:
+    def check(self, dim: int, theta: float) -> None:  # noqa: B027 (some fit any `RoPE`)
         """Raise `SettingError` if the settings do not fit those of the `RoPE`."""
 
+    @abstractmethod
     def frequencies(self, dim: int, theta: float, seq_len: int | None) -> HostArray:
         """Radians per token of every pair, float32 ``[dim / 2]``."""
-        raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as values that JSON can carry; `from_dict` undoes it."""

@@ -6,6 +6,7 @@ A *row* is what a cache should hold of one token in one layer: two arrays ``[hea
 from __future__ import annotations
 
 import pickle
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ Row = tuple[np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Kind:
+class Kind(ABC):
     """One kind of cache.
 
     Attributes
@@ -43,12 +44,12 @@ class Kind:
     def __str__(self) -> str:
         return self.name
 
-    def make(self, xp: Any, *, num_blocks: int = BLOCKS, block_size: int = BLOCK) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def make(self, xp: Any, *, num_blocks: int = BLOCKS, block_size: int = BLOCK) -> Any: ...
 
+    @abstractmethod
     def sizes(self, layer: int) -> tuple[int, int, int]:
         """Heads and widths of what is held."""
-        raise NotImplementedError
 
     def restored_sizes(self, layer: int) -> tuple[int, int, int]:
         """Heads and widths of what `get_kv` returns."""
@@ -63,11 +64,11 @@ class Kind:
         """Append `inputs`."""
         cache.append(layer, seq_id, *arrays)
 
-    def row(self, layer: int, token: int, position: int) -> Row:
-        raise NotImplementedError
+    @abstractmethod
+    def row(self, layer: int, token: int, position: int) -> Row: ...
 
-    def restored(self, layer: int, row: Row) -> Row:
-        raise NotImplementedError
+    @abstractmethod
+    def restored(self, layer: int, row: Row) -> Row: ...
 
     def append(self, xp: Any, cache: Any, layer: Any, seq_id: Any, tokens: list[int]) -> list[Row]:
         """Append tokens and return the rows that the cache should hold for them."""

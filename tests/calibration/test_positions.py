@@ -12,7 +12,7 @@ from kvcompress import Calibration, KVCacheCompressor, Plan, RoPE, TransformCodi
 from kvcompress.calibration import distances
 from kvcompress.calibration.distances import moment_before_rope
 from kvcompress.calibration.training import key_bases
-from kvcompress.errors import CalibrationError, SettingError, ShapeError
+from kvcompress.errors import CalibrationError, DTypeError, SettingError, ShapeError
 from kvcompress.evaluation import metrics
 from kvcompress.rope import (
     DynamicScaling,
@@ -188,9 +188,19 @@ def test_positions_that_do_not_follow(xp, method, rope):
     assert cache.parts[0].sinks == 0
     x = rope.undo(xp.numpy(compressor.decompress_cache(cache)[0][0]), positions)
     assert relative_error(y, x) < 0.1
-    for wrong, error in ((positions[:9], ShapeError), (positions / 2, SettingError)):
+    for wrong, error in (
+        (positions[:9], ShapeError),
+        (positions / 2, DTypeError),
+        (positions - 1000, SettingError),
+        (positions + 2**30, SettingError),
+    ):
         with pytest.raises(error, match="positions must be"):
-            compressor.compress_kv(*arrays, positions=xp.asarray(wrong.astype(wrong.dtype)))
+            compressor.compress_kv(*arrays, positions=xp.asarray(wrong))
+        with pytest.raises(error, match="positions must be"):
+            compressor.compress_cache(*([x] for x in arrays), positions=xp.asarray(wrong))
+    for start in (-1, 2**31, 1.5, True, "3"):
+        with pytest.raises(SettingError, match="positions must be an integer from 0"):
+            compressor.compress_kv(*arrays, positions=start)
 
 
 def test_scaling_that_follows_the_length():
@@ -256,7 +266,9 @@ def test_ropes_do_not_mix(rope):
             calibration.update(0, k, v, q, rope=other)
     with pytest.raises(ShapeError, match="same tokens"):
         calibration.update(0, k, v, q[:, :, :5], rope=rope)
-    with pytest.raises(ShapeError, match="x must be"):
+    with pytest.raises(SettingError, match="rope must be a RoPE"):
+        calibration.update(1, k, v, q, rope="default")
+    with pytest.raises(ShapeError, match="rope is for head_dim"):
         calibration.update(1, k, v, q, rope=RoPE(DIM + 2))
     assert calibration.fingerprint == before
     assert calibration.layers == (0,)
