@@ -38,11 +38,11 @@ class TransformCoding(Method):
 
     With a calibration, keys go to the basis in which the squared error of the coefficients is the
     mean square error of the attention logits, and their covariance is diagonal; values are divided
-    by their norms, which take a byte each, and go to their principal components. Keys of norms that
-    the calibration did not see are coded as usual ones, and their norms take a byte too. Where the
-    calibration knows the model's RoPE, it is undone of the keys, and so positions do not matter
-    (Hooper et al. 2024, arXiv 2401.18079). The components are
-    dealt out into sub-vectors that deserve a byte each, by reverse water-filling (Cover and Thomas,
+    by their norms, which take a byte each, and go to their principal components. A key whose norm
+    lies outside the range that the calibration saw is scaled to a usual norm first; norms of keys
+    take a byte each, too. Where the calibration knows the model's RoPE, keys are coded before it
+    (Hooper et al. 2024, arXiv 2401.18079), and so positions do not matter. The components are dealt
+    out into sub-vectors that deserve a byte each, by reverse water-filling (Cover and Thomas,
     Elements of Information Theory, section 10.3.3) with one water level for keys and values; a byte
     names the nearest of 256 centroids trained on real tokens. Bases and codebooks belong to the
     model, and are not part of what is compressed, which carries their fingerprint only.
@@ -130,7 +130,7 @@ class TransformCoding(Method):
 
     @property
     def fingerprint(self) -> str | None:
-        """Fingerprint of `code`."""
+        """Fingerprint of `parameters`, None without a calibration."""
         known = self.calibration if isinstance(self.calibration, str) else self.parameters
         return known.fingerprint if isinstance(known, LayerParameters) else known
 
